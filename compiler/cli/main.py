@@ -1,0 +1,83 @@
+"""`llmspec VERB …`: the argument parser, and which function each verb is."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from llmspec.compiler.cli import language, planning, running
+from llmspec.compiler.cli.console import show_faults
+from llmspec.dsl import SpecError
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="llmspec",
+        description="From a small spec to the parallel training program an expert would write.",
+    )
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run, text: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print data instead of text")
+        return sub
+
+    def spec(sub: argparse.ArgumentParser, what: str = "the .llmspec file") -> None:
+        sub.add_argument("spec", help=what)
+        sub.add_argument("--train", metavar="NAME", help="which train block, if there are several")
+        sub.add_argument(
+            "--trust", action="store_true", help="let the file of a python(…) model run"
+        )
+
+    new = verb("new", language.new, "write a starter spec")
+    new.add_argument("path", help="the file to write")
+    new.add_argument("--force", action="store_true", help="overwrite it if it is there")
+
+    check = verb("check", language.check, "report every fault of a spec")
+    check.add_argument("spec", help="the .llmspec file")
+
+    fmt = verb("fmt", language.fmt, "format specs in place")
+    fmt.add_argument("specs", nargs="+", help="the .llmspec files")
+    fmt.add_argument("--check", action="store_true", help="change nothing; exit 3 if it would")
+
+    explain = verb("explain", language.explain, "the longer story of an error code")
+    explain.add_argument("code", help="E0203, say")
+
+    fit = verb("fit", planning.fit, "does a library model fit on these devices, and how fast")
+    fit.add_argument("model", help="a model of the library: llama3_8b, say")
+    fit.add_argument("--on", required=True, metavar="8xH100", help="the devices")
+    fit.add_argument("--seq", type=int, metavar="T", help="tokens per sequence")
+    fit.add_argument("--batch", type=int, metavar="N", help="sequences per step")
+
+    plan = verb("plan", planning.plan, "search, and show the plan with its predictions")
+    spec(plan)
+    plan.add_argument("--save", metavar="FILE", help="write the plan as JSON")
+    plan.add_argument("--check", metavar="FILE", help="exit 3 if the plan differs from this one")
+    plan.add_argument("--explicit", action="store_true", help="print the spec, defaults filled in")
+
+    compile_ = verb("compile", planning.compile_, "emit the training program")
+    spec(compile_, "the .llmspec file, or a saved plan")
+    compile_.add_argument("-o", "--out", metavar="FOLDER", help="default: build/NAME by the spec")
+
+    verify = verb(
+        "verify", running.verify, "compare the emitted program with one device, in float64"
+    )
+    spec(verify, "the .llmspec file, or a saved plan")
+
+    train = verb("train", running.train, "compile, and run torchrun on this machine")
+    spec(train, "the .llmspec file, or a saved plan")
+    train.add_argument("-o", "--out", metavar="FOLDER", help="default: build/NAME by the spec")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    try:
+        code = options.run(options)
+    except SpecError as error:
+        code = show_faults(error, as_data=options.json)
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)

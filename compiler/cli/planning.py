@@ -1,0 +1,129 @@
+"""Verbs that search and emit: fit, plan, compile."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from llmspec import dsl
+from llmspec.compiler import driver
+from llmspec.compiler.cli.console import (
+    CHANGED,
+    DIAGNOSTICS,
+    OK,
+    product,
+    product_json,
+    show_faults,
+    status,
+)
+from llmspec.compiler.driver import Session
+from llmspec.compiler.plan import Plan, from_json, to_json
+from llmspec.compiler.render_plan import (
+    face,
+    infeasible_fault,
+    render_changes,
+    render_found,
+    render_plan,
+)
+from llmspec.compiler.search.search import Found, Infeasible
+
+
+def plan(options: Namespace) -> int:
+    session = driver.open_session(options.spec, train=options.train, trust=options.trust)
+    if options.explicit:
+        text = dsl.explicit(session.program)
+        if options.json:
+            product_json({"schema": 1, "spec": text})
+        else:
+            product(text)
+        return OK
+    found = searched(session, options.spec)
+    if isinstance(found, Infeasible):
+        return no_plan(found, as_data=options.json)
+    show(found, as_data=options.json)
+    name_replicated(session, found.plan)
+    if options.save:
+        Path(options.save).write_text(to_json(found.plan))
+        status("Saved", f"{options.save}. Next: llmspec compile {options.save}")
+    return compare(options.check, found.plan) if options.check else OK
+
+
+def searched(session: Session, name: str) -> Found | Infeasible:
+    status("Checked", name)
+    found = driver.find_plan(session)
+    status(
+        "Searched",
+        f"{found.considered} plans in {found.seconds:.1f} s"
+        + (f", {found.fit} fit" if isinstance(found, Found) else ", none fits"),
+    )
+    return found
+
+
+def name_replicated(session: Session, found: Plan) -> None:
+    """What of a model from PyTorch could not be raised, and so runs whole on every tensor rank."""
+    for where, what in session.graph(found.microbatch).replicated:
+        status("Replicated", f"{where}: {what} (runs whole on every tensor rank)")
+
+
+def compare(path: str, new: Plan) -> int:
+    try:
+        old = from_json(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise driver.Refused(
+            dsl.Diagnostic(code="E0801", message=f"`{path}` cannot be read as a plan: {error}")
+        ) from None
+    if old.decisions() == new.decisions():
+        status("Compared", f"{path}: no changes")
+        return OK
+    product(render_changes(old, new))
+    return CHANGED
+
+
+def the_plan(options: Namespace) -> tuple[Session, Plan] | Infeasible:
+    """From a spec by search, from a plan file as it stands."""
+    if driver.is_plan_file(options.spec):
+        return driver.open_plan(options.spec, trust=options.trust)
+    session = driver.open_session(options.spec, train=options.train, trust=options.trust)
+    found = searched(session, options.spec)
+    return found if isinstance(found, Infeasible) else (session, found.plan)
+
+
+def show(found: Found, *, as_data: bool) -> None:
+    if as_data:
+        product_json(face(found))
+    else:
+        product(render_found(found))
+
+
+def no_plan(found: Infeasible, *, as_data: bool) -> int:
+    if as_data:
+        product_json(face(found))
+        return DIAGNOSTICS
+    return show_faults(driver.Refused(infeasible_fault(found)), as_data=False)
+
+
+def compile_(options: Namespace) -> int:
+    answer = the_plan(options)
+    if isinstance(answer, Infeasible):
+        return no_plan(answer, as_data=options.json)
+    session, found = answer
+    folder = Path(options.out) if options.out else driver.default_folder(session.program)
+    files = driver.compile_plan(session, found, folder)
+    name_replicated(session, found)
+    if options.json:
+        product_json({"schema": 1, "folder": str(folder), "files": sorted(files)})
+    lines = sum(t.count("\n") for n, t in files.items() if n in ("model.py", "train.py"))
+    status("Emitted", f"{folder}: {lines} lines and the runtime. Next: sh {folder}/launch.sh")
+    if not options.json:
+        product(render_plan(found))
+    return OK
+
+
+def fit(options: Namespace) -> int:
+    text = dsl.fit_spec(options.model, on=options.on, tokens=options.seq, batch=options.batch)
+    session = Session(dsl.load(f"{options.model}.llmspec", text=text))
+    found = searched(session, f"{options.model} on {options.on}")
+    if isinstance(found, Infeasible):
+        return no_plan(found, as_data=options.json)
+    show(found, as_data=options.json)
+    return OK

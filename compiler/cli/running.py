@@ -1,0 +1,153 @@
+"""Verbs that run what was emitted: verify, train."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from llmspec.compiler import driver
+from llmspec.compiler.cli.console import DIAGNOSTICS, OK, fault, product, product_json, status
+from llmspec.compiler.cli.planning import no_plan, the_plan
+from llmspec.compiler.plan import Plan
+from llmspec.compiler.search.search import Infeasible
+from llmspec.compiler.verify.compare import Report
+from llmspec.compiler.verify.plan import verify_plan
+from llmspec.compiler.verify.run import ProcessFailed
+from llmspec.dsl.program import DeviceKind, Program
+
+
+def verify(options: Namespace) -> int:
+    answer = the_plan(options)
+    if isinstance(answer, Infeasible):
+        return no_plan(answer, as_data=options.json)
+    session, plan = answer
+    status("Verifying", f"{options.spec}, shrunken, on local processes")
+    try:
+        report, small = verify_plan(session, plan)
+    except ProcessFailed as error:
+        status("Failed", "a process of the emitted program stopped")
+        product(str(error))
+        return DIAGNOSTICS
+    if options.json:
+        product_json(report_json(report))
+    else:
+        product(render_report(report, plan.mesh.world_size, small.mesh.world_size))
+    return OK if report.ok else DIAGNOSTICS
+
+
+def report_json(report: Report) -> dict[str, object]:
+    return {
+        "schema": 1,
+        "ok": report.ok,
+        "compared": len(report.differences),
+        "worst": {"what": report.worst.what, "share_of_allowed": report.worst.error},
+        "failures": [{"what": d.what, "share_of_allowed": d.error} for d in report.failures()],
+    }
+
+
+def render_report(report: Report, planned: int, ran: int) -> str:
+    worst = report.worst
+    if report.ok:
+        return (
+            f"verified: {len(report.differences)} quantities equal those of one device in float64\n"
+            f"  on {ran} processes, the plan's {planned} shrunken\n"
+            f"  closest to its bound: {worst.what}, {worst.error:.2g} of what is allowed"
+        )
+    lines = [
+        f"  {d.what}: {d.error:.3g} times what is allowed"
+        for d in sorted(report.failures(), key=lambda d: -d.error)[:40]
+    ]
+    more = len(report.failures()) - len(lines)
+    tail = [f"  … and {more} more"] if more > 0 else []
+    return "\n".join([f"{len(report.failures())} quantities differ", *lines, *tail])
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def train(options: Namespace) -> int:
+    answer = the_plan(options)
+    if isinstance(answer, Infeasible):
+        return no_plan(answer, as_data=options.json)
+    session, plan = answer
+    missing = not_here(session.program, plan)
+    if missing:
+        return fault(missing, *what_works_here(options.spec))
+    folder = Path(options.out) if options.out else driver.default_folder(session.program)
+    driver.compile_plan(session, plan, folder)
+    status("Emitted", str(folder))
+    code = torchrun(session.program, plan, folder, quiet=options.json)
+    left = {
+        "plan": f"{folder / 'plan.json'}",
+        "program": f"{folder / 'train.py'}",
+        "checkpoint": newest_checkpoint(folder),
+    }
+    if options.json:
+        product_json({"schema": 1, "exit_status": code, **left})
+    elif code == 0:
+        for what, where in left.items():
+            status(what.capitalize(), where or "none: the spec asks for no checkpoints")
+    return code
+
+
+def not_here(program: Program, plan: Plan) -> str | None:
+    """What this machine lacks for the plan; None when it can run it."""
+    import torch
+
+    world = plan.mesh.world_size
+    if program.cluster.device.kind is DeviceKind.CPU:
+        return None if program.cluster.nodes == 1 else "the plan needs several machines"
+    have = torch.cuda.device_count()
+    if have >= world:
+        return None
+    gpus = "no GPU" if have == 0 else "one GPU" if have == 1 else f"{have} GPUs"
+    return f"the plan needs {world} × {program.cluster.device.name}; this machine has {gpus}"
+
+
+def what_works_here(spec: str) -> tuple[str, ...]:
+    return (
+        f"llmspec verify {spec}    the same decisions, shrunken, on local processes",
+        f"llmspec compile {spec}   emit it, with launch.sh, launch.sbatch and launch.yaml",
+        "a cluster of `node = 2 * cpu` and a smaller model train here",
+    )
+
+
+def torchrun(program: Program, plan: Plan, folder: Path, *, quiet: bool) -> int:
+    """Run the program under torchrun from the spec's folder; its exit status.
+
+    quiet: its progress goes to stderr, so that stdout holds data alone.
+
+    Ctrl-C reaches torchrun and all its processes, which save a checkpoint and end.
+    """
+    environment = dict(os.environ)
+    if program.cluster.device.kind is DeviceKind.CPU:
+        cores = max(1, (os.cpu_count() or 1) // plan.mesh.world_size)
+        environment.setdefault("OMP_NUM_THREADS", str(cores))
+    command = [sys.executable, "-m", "llmspec.compiler.cli.launcher", "--standalone"]
+    command += ["--nproc-per-node", str(plan.mesh.world_size), str((folder / "train.py").resolve())]
+    process = subprocess.Popen(
+        command, cwd=program.folder or ".", env=environment, stdout=sys.stderr if quiet else None
+    )
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        return after_interrupt(process)
+
+
+def after_interrupt(process: subprocess.Popen[bytes]) -> int:
+    """The terminal has told the whole process group; give it time to save."""
+    status("Stopping", "saving a checkpoint (Ctrl-C again stops at once)")
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGTERM)
+        return process.wait()
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    found = sorted((folder / "checkpoints").glob("step_*[0-9]"))
+    return str(found[-1]) if found else None

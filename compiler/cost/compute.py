@@ -1,0 +1,139 @@
+"""Seconds, operations and kept values of one operator at given local shapes: a roofline."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from torch import fx
+
+from llmspec.compiler.cost.hardware import Machine
+from llmspec.compiler.graph import INTEGER_INPUTS
+from llmspec.compiler.ops.registry import (
+    Choice,
+    Entry,
+    Saved,
+    Shapes,
+    entry_of,
+    numel,
+    shape_of,
+    tensor_operands,
+)
+from llmspec.compiler.placement import local_shape
+
+TILES = ((256, 128), (128, 128), (128, 64), (64, 64))
+"""Output tiles that a matrix product may be cut into, best first, and what the smaller ones
+reach."""
+TILE_RATE = (1.0, 0.95, 0.80, 0.60)
+RAMP = 128
+"""Depth of a product at which half of the multiprocessors' time goes into filling the pipe."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperatorCost:
+    """flops, backward_flops: executed; model_flops: forward, as the literature counts, products
+    alone.
+    """
+
+    forward_s: float
+    backward_s: float
+    flops: float
+    backward_flops: float
+    model_flops: float
+    saved: Saved
+    working_bytes: int
+
+
+def is_integer(node: fx.Node) -> bool:
+    """Token ids and counters: no gradient, the same on every tensor rank."""
+    return node.op == "placeholder" and str(node.target) in INTEGER_INPUTS
+
+
+def local_shapes(node: fx.Node, choice: Choice, ranks: int) -> Shapes:
+    operands = tuple(
+        local_shape(shape_of(o), s, ranks)
+        for o, s in zip(tensor_operands(node), choice.operands, strict=True)
+    )
+    return Shapes(operands, local_shape(shape_of(node), choice.result, ranks))
+
+
+@lru_cache(maxsize=4096)
+def tile_efficiency(rows: int, columns: int, depth: int, multiprocessors: int) -> float:
+    """The share of the achievable rate that an output of rows × columns reaches: whole tiles, whole
+    waves over the multiprocessors, and a depth that hides the start."""
+    if multiprocessors <= 1:
+        return 1.0
+    best = 0.0
+    for (m, n), rate in zip(TILES, TILE_RATE, strict=True):
+        tiles = math.ceil(rows / m) * math.ceil(columns / n)
+        waves = math.ceil(tiles / multiprocessors)
+        filled = rows * columns / (waves * multiprocessors * m * n)
+        best = max(best, rate * filled)
+    return best * depth / (depth + RAMP)
+
+
+def product_s(flops: float, shapes: Shapes, machine: Machine) -> float:
+    elements = max(numel(shapes.result), 1)
+    columns = shapes.result[-1] if shapes.result else 1
+    depth = max(int(flops / (2 * elements)), 1)
+    share = tile_efficiency(elements // columns, columns, depth, machine.multiprocessors)
+    return flops / (machine.matrix_flops * max(share, 1e-3))
+
+
+def _bytes(entry: Entry, node: fx.Node, shapes: Shapes, width: int) -> tuple[int, int, int]:
+    """Bytes of (what is read, the result, gradients of the operands)."""
+    result = width * numel(shapes.result)
+    read = gradients = 0
+    looks_up = any(is_integer(o) for o in tensor_operands(node)) and shapes.result != ()
+    for operand, shape in zip(tensor_operands(node), shapes.operands, strict=True):
+        if is_integer(operand):
+            read += 8 * numel(shape)
+            continue
+        size = width * numel(shape)
+        read += min(size, result) if looks_up else size
+        gradients += size
+    return read, result, gradients
+
+
+def operator_cost(node: fx.Node, shapes: Shapes, machine: Machine, width: int) -> OperatorCost:
+    """`width`: bytes of an element in the compute type."""
+    entry = entry_of(node)
+    flops = entry.flops(node, shapes)
+    saved = entry.saved(node, shapes)
+    read, result, gradients = _bytes(entry, node, shapes, width)
+    working = result + gradients + saved.extra_bytes
+    if entry.alias:
+        return OperatorCost(
+            forward_s=0.0,
+            backward_s=0.0,
+            flops=0.0,
+            backward_flops=0.0,
+            model_flops=0.0,
+            saved=saved,
+            working_bytes=0,
+        )
+    moved = (read + result + saved.extra_bytes) / machine.memory_bytes_per_s
+    back_moved = (result + saved.extra_bytes + gradients) / machine.memory_bytes_per_s
+    if not entry.contraction:
+        vector = flops / machine.vector_flops
+        return OperatorCost(
+            forward_s=max(vector, moved) + machine.launch_s,
+            backward_s=max(vector, back_moved) + machine.launch_s,
+            flops=0.0,
+            backward_flops=0.0,
+            model_flops=0.0,
+            saved=saved,
+            working_bytes=working,
+        )
+    product = product_s(flops, shapes, machine)
+    counted = entry.model_flops or entry.flops
+    return OperatorCost(
+        forward_s=max(product, moved) + machine.launch_s,
+        backward_s=entry.backward_factor * (max(product, moved) + machine.launch_s),
+        flops=flops,
+        backward_flops=entry.backward_factor * flops,
+        model_flops=counted(node, shapes),
+        saved=saved,
+        working_bytes=working,
+    )

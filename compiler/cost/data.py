@@ -1,0 +1,139 @@
+"""What the data axes cost a stage: gathers and reductions of ZeRO 0-3, less what computing
+hides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmspec.compiler.cost.hardware import Machine
+from llmspec.compiler.cost.network import Group, collective_s
+from llmspec.compiler.cost.stage import Run, Stage
+from llmspec.compiler.cost.types import Types
+from llmspec.compiler.placement import Collective
+
+BUCKET_BYTES = 25 * 2**20
+"""Of ZeRO 0's reduction: the last one has nothing to hide behind."""
+
+GATHER, SCATTER, REDUCE = Collective.ALL_GATHER, Collective.REDUCE_SCATTER, Collective.ALL_REDUCE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataGroups:
+    shards: Group
+    replicas: Group
+    data: Group
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataCost:
+    """Exposed seconds: in each micro-batch's forward and backward, and once a step at its start and
+    end.
+
+    sends: (kind, axis, bytes, how often in a step).
+    """
+
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    first_s: float = 0.0
+    last_s: float = 0.0
+    sends: tuple[tuple[str, str, int, int], ...] = ()
+
+
+NOTHING = DataCost()
+
+
+def exposed_s(sent_s: float, computing_s: float, overlap: float) -> float:
+    """What computing leaves of a collective: it hides at most the share `overlap`."""
+    return sent_s - min(overlap * sent_s, computing_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """One of ZeRO's units: elements, seconds of its forward and backward, how often."""
+
+    elements: int
+    forward_s: float
+    backward_s: float
+    count: int
+
+
+def _units(stage: Stage) -> list[_Unit]:
+    units = [_unit(run) for run in stage.runs if run.repeated and run.cost.elements]
+    if stage.root_elements:
+        rest = [_unit(run) for run in stage.runs if not run.repeated]
+        forward, backward = sum(u.forward_s for u in rest), sum(u.backward_s for u in rest)
+        units.append(_Unit(stage.root_elements, forward, backward, 1))
+    return units
+
+
+def _unit(run: Run) -> _Unit:
+    cost = run.cost
+    forward = cost.forward_s + cost.tensor_forward_s
+    backward = cost.backward_s + cost.tensor_backward_s + (forward if run.recompute else 0.0)
+    return _Unit(cost.elements, forward, backward, run.count)
+
+
+def data_cost(
+    stage: Stage, zero: int, microbatches: int, groups: DataGroups, types: Types, machine: Machine
+) -> DataCost:
+    if groups.data.ranks == 1 or not stage.elements:
+        return NOTHING
+    if zero == 0:
+        return _replicated(stage, groups, types, machine)
+    return _sharded(_units(stage), zero, microbatches, groups, types, machine)
+
+
+def _replicated(stage: Stage, groups: DataGroups, types: Types, machine: Machine) -> DataCost:
+    size = types.gradients * stage.elements
+    tail = min(size, BUCKET_BYTES)
+    buckets = -(-size // BUCKET_BYTES)
+    latency = 2 * (buckets - 1) * groups.data.latency_s
+    body = collective_s(REDUCE, size - tail, groups.data) + latency
+    hidden = exposed_s(body, stage.backward_s, machine.overlap)
+    last = hidden + collective_s(REDUCE, tail, groups.data)
+    return DataCost(last_s=last, sends=((str(REDUCE), "data", size, 1),))
+
+
+def _sharded(
+    units: list[_Unit],
+    zero: int,
+    microbatches: int,
+    groups: DataGroups,
+    types: Types,
+    machine: Machine,
+) -> DataCost:
+    share = machine.overlap
+    gather = [collective_s(GATHER, types.compute * u.elements, groups.shards) for u in units]
+    scatter = [collective_s(SCATTER, types.gradients * u.elements, groups.shards) for u in units]
+    pairs = list(zip(units, gather, scatter, strict=True))
+    opening = max(gather)  # nothing runs before the first parameters are there
+    closing = max(scatter)
+    gathering = opening + sum(u.count * exposed_s(g, u.forward_s, share) for u, g, _ in pairs)
+    scattering = closing + sum(u.count * exposed_s(s, u.backward_s, share) for u, _, s in pairs)
+    both = closing + sum(u.count * exposed_s(g + s, u.backward_s, share) for u, g, s in pairs)
+    size = sum(u.count * u.elements for u in units)
+    spare = sum(u.count * max(0.0, u.backward_s - s) for u, _, s in pairs)
+    part = types.gradients * -(-size // groups.shards.ranks)
+    across = exposed_s(collective_s(REDUCE, part, groups.replicas), spare, share)
+    sends = _sends(size, part, zero, microbatches, groups, types)
+    match zero:
+        case 1:
+            return DataCost(first_s=gathering, last_s=scattering + across, sends=sends)
+        case 2:
+            return DataCost(first_s=gathering, backward_s=scattering, last_s=across, sends=sends)
+        case _:
+            return DataCost(forward_s=gathering, backward_s=both, last_s=across, sends=sends)
+
+
+def _sends(
+    size: int, part: int, zero: int, microbatches: int, groups: DataGroups, types: Types
+) -> tuple[tuple[str, str, int, int], ...]:
+    gathers = 2 * microbatches if zero == 3 else 1
+    scatters = 1 if zero == 1 else microbatches
+    found = [
+        (str(GATHER), "shards", types.compute * size, gathers),
+        (str(SCATTER), "shards", types.gradients * size, scatters),
+    ]
+    if groups.replicas.ranks > 1:
+        found.append((str(REDUCE), "replicas", part, 1))
+    return tuple(found) if groups.shards.ranks > 1 else tuple(found[2:])

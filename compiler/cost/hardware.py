@@ -1,0 +1,112 @@
+"""What the formulas of cost take from a cluster: effective rates and fixed costs of one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmspec.compiler.cost.types import Types
+from llmspec.dsl.program import Cluster, DeviceKind
+
+GPU_CONSTANTS = {
+    # One kernel's launch and tail as the stream sees it, queue kept full; NVIDIA's own blog on CUDA
+    # graphs gives 2-4 us (Gray 2019).
+    "launch_s": 4e-6,
+    # A hop of NCCL inside a node and between nodes: order of nccl-tests' smallest messages
+    # (8 ranks, 8 B: about 20 us inside a node, 40 us on InfiniBand).
+    "link_latency_s": 2e-6,
+    "network_latency_s": 6e-6,
+    # CUDA context 0.5 GB, NCCL's channels 0.5-1 GB, allocator slack.
+    "fixed_bytes": 2.0 * 2**30,
+    # Share of the dense peak that bf16 products reach beside what their tiles lose: 183 shapes on
+    # A100-PCIe have medians of 0.74 to 0.79, quartiles 0.01 apart (SimuMax, configs/system); the
+    # best shapes reach 0.81 on A100-PCIe and 0.80 on H100 SXM (stas00/ml-engineering).
+    "matmul_efficiency": 0.75,
+    # Share of peak bandwidth that a long copy reaches.
+    "memory_efficiency": 0.85,
+    # Bus bandwidth of nccl-tests on large messages over the link's rate.
+    "link_efficiency": 0.80,
+    "network_efficiency": 0.85,
+    # Share of a collective on its own stream that kernels can hide: it holds some multiprocessors.
+    "overlap": 0.90,
+    # Streaming multiprocessors, for how a product's tiles fill them.
+    "multiprocessors": 132.0,
+}
+
+CPU_CONSTANTS = {
+    # PyTorch's dispatch of one operator, forward or backward.
+    "launch_s": 8e-6,
+    # Gloo on one machine: an all-reduce of 10 kB takes 1.3 ms on two processes.
+    "link_latency_s": 3e-4,
+    "network_latency_s": 5e-4,
+    # Interpreter and libraries of one process.
+    "fixed_bytes": 0.4 * 2**30,
+    "matmul_efficiency": 0.70,
+    "memory_efficiency": 0.70,
+    "link_efficiency": 0.90,
+    "network_efficiency": 0.80,
+    # Gloo's threads run on the cores that compute.
+    "overlap": 0.0,
+    "multiprocessors": 1.0,
+}
+
+CPU_LINK_BYTES_PER_S = 1e9
+"""Gloo over shared memory: 0.9 GB/s of bus bandwidth between two processes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Effective rates of one device, its links and its network.
+
+    matrix_flops, vector_flops: operations/s of matrix products in the compute type, and of all
+    else.
+    peak_flops: the nominal one that utilisation is a share of.
+    link, network: bytes/s one way inside a node and, per device, between nodes.
+    """
+
+    matrix_flops: float
+    vector_flops: float
+    peak_flops: float
+    memory_bytes_per_s: float
+    launch_s: float
+    link_bytes_per_s: float
+    link_latency_s: float
+    network_bytes_per_s: float
+    network_latency_s: float
+    devices_per_node: int
+    fixed_bytes: int
+    overlap: float
+    multiprocessors: int
+
+
+def machine_of(cluster: Cluster, types: Types) -> Machine:
+    device = cluster.device
+    defaults = GPU_CONSTANTS if device.kind is DeviceKind.GPU else CPU_CONSTANTS
+    known = defaults | dict(device.constants)
+    peak = peak_flops(dict(device.peak_flops), types)
+    link = device.link_bytes_per_s
+    if link is None:
+        host = device.host_link_bytes_per_s
+        link = CPU_LINK_BYTES_PER_S if device.kind is DeviceKind.CPU or host is None else host
+    return Machine(
+        matrix_flops=peak * known["matmul_efficiency"],
+        vector_flops=dict(device.peak_flops).get("fp32", peak) * 0.5,
+        peak_flops=peak,
+        memory_bytes_per_s=device.memory_bytes_per_s * known["memory_efficiency"],
+        launch_s=known["launch_s"],
+        link_bytes_per_s=link * known["link_efficiency"],
+        link_latency_s=known["link_latency_s"],
+        network_bytes_per_s=cluster.network_bytes_per_s * known["network_efficiency"],
+        network_latency_s=known["network_latency_s"],
+        devices_per_node=cluster.devices_per_node,
+        fixed_bytes=int(known["fixed_bytes"]),
+        overlap=known["overlap"],
+        multiprocessors=int(known["multiprocessors"]),
+    )
+
+
+def peak_flops(peaks: dict[str, float], types: Types) -> float:
+    """The rate of the first type that the device has: what is asked for, then ever wider ones."""
+    for name in (types.matrix, "fp16", "tf32", "fp32"):
+        if name in peaks and (name != "tf32" or types.matrix != "fp32"):
+            return peaks[name]
+    return next(iter(peaks.values()))

@@ -1,0 +1,90 @@
+"""Seconds of a collective over the ranks of one mesh axis, by latency and bandwidth."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from llmspec.compiler.cost.hardware import Machine
+from llmspec.compiler.placement import Collective
+from llmspec.compiler.plan import MeshSizes
+
+ORDER = ("pipeline", "replicas", "shards", "context", "tensor")
+"""Axes in rank order, outer to inner."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The ranks of one axis as the wires see them: `inside` of them share a node.
+
+    bandwidth: bytes/s one way that each rank gets; latency_s: of one whole round.
+    """
+
+    ranks: int
+    inside: int
+    bandwidth: float
+    latency_s: float
+
+    @property
+    def crosses_nodes(self) -> bool:
+        return self.inside < self.ranks
+
+
+def group(ranks: int, stride: int, machine: Machine) -> Group:
+    """`ranks` that stand `stride` apart in rank order.
+
+    A ring over several nodes enters and leaves each node once; its neighbours in a node use all of
+    that node's network devices between them, so that the slower of link and `inside` × network
+    counts."""
+    inside = min(ranks, max(1, machine.devices_per_node // stride))
+    if inside == ranks:
+        hops = ranks - 1
+        latency = machine.link_latency_s * hops
+        return Group(ranks, inside, machine.link_bytes_per_s, latency)
+    bandwidth = min(machine.link_bytes_per_s, machine.network_bytes_per_s * inside)
+    if inside == 1:
+        bandwidth = machine.network_bytes_per_s
+    nodes = -(-ranks // inside)
+    # NCCL leaves the ring for a tree where latency would rule.
+    rounds = min(nodes - 1, 2 * math.ceil(math.log2(nodes)))
+    latency = machine.link_latency_s * (inside - 1) + machine.network_latency_s * rounds
+    return Group(ranks, inside, bandwidth, latency)
+
+
+def axis_group(axis: str, mesh: MeshSizes, machine: Machine) -> Group:
+    stride = math.prod(getattr(mesh, a) for a in ORDER[ORDER.index(axis) + 1 :])
+    return group(getattr(mesh, axis), stride, machine)
+
+
+def data_group(mesh: MeshSizes, machine: Machine) -> Group:
+    """Replicas and shards together."""
+    return group(mesh.data, mesh.context * mesh.tensor, machine)
+
+
+def collective_s(kind: Collective, size_bytes: float, where: Group) -> float:
+    """Seconds of one collective, nothing hidden.
+
+    t = k (n-1)/n · size / bandwidth + k · latency, k = 2 for an all-reduce, else 1
+
+    size_bytes: of the whole value: what an all-gather makes, a reduce-scatter takes, an all-reduce
+    holds; for an all-to-all what all ranks hold together.
+    Source: Patarasuk and Yuan 2009, JPDC 69(2), for the ring's bandwidth term.
+    """
+    n = where.ranks
+    if n == 1 or kind in (Collective.NONE, Collective.SLICE) or size_bytes == 0:
+        return 0.0
+    share = (n - 1) / n * size_bytes / where.bandwidth
+    match kind:
+        case Collective.ALL_REDUCE:
+            return 2 * (share + where.latency_s)
+        case Collective.ALL_TO_ALL:
+            return share / n + where.latency_s
+        case _:
+            return share + where.latency_s
+
+
+def send_s(size_bytes: float, mesh: MeshSizes, machine: Machine) -> float:
+    """Seconds of one message between neighbours on the pipeline axis."""
+    if mesh.world_size // mesh.pipeline >= machine.devices_per_node:
+        return size_bytes / machine.network_bytes_per_s + machine.network_latency_s
+    return size_bytes / machine.link_bytes_per_s + machine.link_latency_s

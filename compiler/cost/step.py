@@ -1,0 +1,126 @@
+"""The time of one optimizer step, in parts that sum to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from llmspec.compiler.cost.data import DataCost
+from llmspec.compiler.cost.hardware import Machine
+from llmspec.compiler.cost.network import Group, collective_s
+from llmspec.compiler.cost.play import play_s
+from llmspec.compiler.cost.stage import Stage
+from llmspec.compiler.cost.types import Types
+from llmspec.compiler.placement import Collective
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Times:
+    """Exposed seconds of one step."""
+
+    compute: float = 0.0
+    tensor: float = 0.0
+    context: float = 0.0
+    expert: float = 0.0
+    data: float = 0.0
+    pipeline_bubble: float = 0.0
+    pipeline_transfer: float = 0.0
+    optimizer: float = 0.0
+    offload: float = 0.0
+
+    @property
+    def total(self) -> float:
+        communicated = self.tensor + self.context + self.expert + self.data
+        waited = self.pipeline_bubble + self.pipeline_transfer + self.offload
+        return self.compute + communicated + waited + self.optimizer
+
+    def parts(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tail:
+    """What a stage does once a step, beside its micro-batches."""
+
+    data_s: float
+    tensor_s: float
+    optimizer_s: float
+
+    @property
+    def total(self) -> float:
+        return self.data_s + self.tensor_s + self.optimizer_s
+
+
+def optimizer_s(elements: int, types: Types, machine: Machine) -> float:
+    """Gradients are read for clipping and again by the update; weights and moments read and
+    written."""
+    moved = elements * (2 * types.gradients + 2 * types.weights + 2 * types.moments)
+    return moved / machine.memory_bytes_per_s + 4 * machine.launch_s
+
+
+def tail(
+    stage: Stage,
+    data: DataCost,
+    shards: int,
+    tensor: Group,
+    shared_s: float,
+    types: Types,
+    machine: Machine,
+) -> Tail:
+    """`shards`: into how many parts ZeRO cuts the optimizer's state; 1 without it. `shared_s`: of
+    summing gradients of weights that two stages hold."""
+    size = types.gradients * -(-stage.shadow_elements // shards)
+    return Tail(
+        data_s=data.first_s + data.last_s + shared_s,
+        tensor_s=collective_s(Collective.ALL_REDUCE, size, tensor),
+        optimizer_s=optimizer_s(-(-stage.elements // shards), types, machine),
+    )
+
+
+def durations(stage: Stage, data: DataCost) -> tuple[float, float]:
+    """Seconds of one micro-batch's forward and backward on a stage."""
+    return (
+        stage.forward_s + stage.tensor_forward_s + data.forward_s,
+        stage.backward_s + stage.tensor_backward_s + data.backward_s,
+    )
+
+
+def makespan_s(
+    spent: Sequence[tuple[float, float]], microbatches: int, send_s: float
+) -> tuple[float, float]:
+    """(seconds without messages, seconds that messages add) of GPipe and 1F1B in closed form: every
+    stage once, and the slowest for each further micro-batch."""
+    both = [f + b for f, b in spent]
+    return sum(both) + (microbatches - 1) * max(both), 2 * (len(spent) - 1) * send_s
+
+
+def played_s(
+    lists: Mapping[int, Sequence[str]], spent: Sequence[tuple[float, float]], send_s: float
+) -> tuple[float, float]:
+    """The same from the very action lists that the runtime executes."""
+    forward, backward = [f for f, _ in spent], [b for _, b in spent]
+    bare = play_s(lists, forward, backward, 0.0)
+    return bare, play_s(lists, forward, backward, send_s) - bare
+
+
+def step_times(
+    stages: Sequence[Stage],
+    data: Sequence[DataCost],
+    tails: Sequence[Tail],
+    microbatches: int,
+    span: tuple[float, float],
+) -> Times:
+    """`span`: what `makespan_s` or `played_s` gave. The parts are those of the busiest stage; what
+    it waits for is the bubble."""
+    spent = [sum(durations(s, d)) for s, d in zip(stages, data, strict=True)]
+    busiest = max(range(len(stages)), key=lambda i: spent[i])
+    stage, cost = stages[busiest], data[busiest]
+    end = max(tails, key=lambda t: t.total)
+    return Times(
+        compute=microbatches * (stage.forward_s + stage.backward_s),
+        tensor=microbatches * (stage.tensor_forward_s + stage.tensor_backward_s) + end.tensor_s,
+        data=microbatches * (cost.forward_s + cost.backward_s) + end.data_s,
+        pipeline_bubble=max(0.0, span[0] - microbatches * spent[busiest]),
+        pipeline_transfer=span[1],
+        optimizer=end.optimizer_s,
+    )

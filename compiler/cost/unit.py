@@ -1,0 +1,264 @@
+"""What one placed unit costs on one tensor rank, for one micro-batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from llmspec.compiler.cost.compute import OperatorCost, is_integer, local_shapes, operator_cost
+from llmspec.compiler.cost.hardware import Machine
+from llmspec.compiler.cost.network import Group, collective_s
+from llmspec.compiler.graph import Unit
+from llmspec.compiler.ops.registry import (
+    Choice,
+    choices,
+    entry_of,
+    numel,
+    shape_of,
+    tensor_operands,
+)
+from llmspec.compiler.placement import (
+    SHADOW,
+    WHOLE,
+    Collective,
+    Conversion,
+    Kind,
+    State,
+    conversion,
+    local_shape,
+    parse_state,
+)
+from llmspec.compiler.plan import UnitPlacement
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A placement with its names resolved: the choice of each call, the state of each parameter
+    node."""
+
+    choices: dict[fx.Node, Choice]
+    parameters: dict[str, State]
+    boundary_in: State
+    boundary_out: State
+
+    def have(self, node: fx.Node) -> State:
+        """The state in which a value comes into being."""
+        if node.op == "call_function":
+            return self.choices[node].result
+        if node.op == "get_attr":
+            return self.parameters[str(node.target)]
+        return WHOLE if is_integer(node) else self.boundary_in
+
+
+def resolve(unit: Unit, placement: UnitPlacement, ranks: int) -> Layout:
+    """Errors: KeyError when the placement names a choice that the unit does not have."""
+    found: dict[fx.Node, Choice] = {}
+    for node in unit.calls():
+        legal = {c.name: c for c in choices(entry_of(node).rule(node), ranks)}
+        found[node] = legal[placement.nodes[node.name]]
+    return Layout(
+        found,
+        {path: parse_state(text) for path, text in placement.parameters.items()},
+        parse_state(placement.boundary_in),
+        parse_state(placement.boundary_out),
+    )
+
+
+def storage(layout: Layout, node: fx.Node, state: State) -> tuple[fx.Node, State]:
+    """The value and state whose bytes hold this one: an alias is its operand; a whole value read by
+    split operators is the same tensor."""
+    state = WHOLE if state == SHADOW else state
+    while node.op == "call_function" and entry_of(node).alias:
+        choice = layout.choices[node]
+        if state not in (choice.result, WHOLE) or (
+            state == WHOLE and choice.result.kind is Kind.SPLIT
+        ):
+            break
+        node, state = tensor_operands(node)[0], choice.operands[0]
+        state = WHOLE if state == SHADOW else state
+    return node, state
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One conversion of one value: seconds, what each direction sends, and bytes of the whole
+    value."""
+
+    forward_s: float
+    backward_s: float
+    forward: Collective = Collective.NONE
+    backward: Collective = Collective.NONE
+    size_bytes: int = 0
+
+
+NO_MOVE = Move(0.0, 0.0)
+
+
+def move(
+    node: fx.Node, have: State, want: State, where: Group, machine: Machine, width: int
+) -> Move | None:
+    """What it costs to have `node` in another state; None when that cannot be."""
+    step = conversion(have, want)
+    if step is None:
+        return None
+    if have == want or is_integer(node):
+        return NO_MOVE
+    shape = shape_of(node)
+    uneven = (s.dim is not None and shape[s.dim] % where.ranks for s in (have, want))
+    if any(uneven):
+        return None
+    return _priced(step, width * numel(shape), where, machine)
+
+
+def _priced(step: Conversion, size: int, where: Group, machine: Machine) -> Move:
+    seconds = []
+    for kind in (step.forward, step.backward):
+        copied = size / machine.memory_bytes_per_s / where.ranks
+        local = copied + machine.launch_s
+        match kind:
+            case Collective.NONE:
+                seconds.append(0.0)
+            case Collective.SLICE:
+                seconds.append(local)
+            case _:
+                seconds.append(collective_s(kind, size, where) + local)
+    return Move(seconds[0], seconds[1], step.forward, step.backward, size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitCost:
+    """One unit on one tensor rank and one micro-batch. Seconds and bytes; elements are numbers.
+
+    tensor_*_s: its collectives over the tensor axis. flops, backward_flops: executed.
+    saved_bytes: kept by autograd from forward to backward.
+    input_bytes, output_bytes: of the value that flows, as it crosses the unit's boundary.
+    working_bytes: alive besides while the unit's worst operator runs backward.
+    elements: of its own parameters, here.
+    shadow_elements: those whose gradient is a sum over ranks.
+    cast_elements: of parameters that autograd keeps in the compute type when each use casts.
+    largest_elements: of its largest parameter. tied_elements: of those that another unit owns.
+    """
+
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    tensor_forward_s: float = 0.0
+    tensor_backward_s: float = 0.0
+    flops: float = 0.0
+    backward_flops: float = 0.0
+    model_flops: float = 0.0
+    saved_bytes: int = 0
+    input_bytes: int = 0
+    output_bytes: int = 0
+    working_bytes: int = 0
+    elements: int = 0
+    shadow_elements: int = 0
+    cast_elements: int = 0
+    largest_elements: int = 0
+    tied_elements: int = 0
+    sends: tuple[tuple[str, int, int, int], ...] = ()
+    """(kind, bytes of the whole value, how often forward, how often backward)."""
+
+
+@dataclass
+class _Tally:
+    unit: Unit
+    layout: Layout
+    where: Group
+    machine: Machine
+    width: int
+    kept: set[tuple[fx.Node, State]] = field(default_factory=set)
+    cast: set[str] = field(default_factory=set)
+    extra_bytes: int = 0
+    sends: Counter[tuple[str, int, bool]] = field(default_factory=Counter)
+
+    def keep(self, node: fx.Node, state: State) -> None:
+        if node.op == "get_attr":
+            self.cast.add(str(node.target))
+        elif not is_integer(node):
+            root = storage(self.layout, node, state)
+            if root[0].op == "get_attr":
+                self.cast.add(str(root[0].target))
+            elif not is_integer(root[0]):
+                self.kept.add(root)
+
+    def operator(self, node: fx.Node) -> OperatorCost:
+        choice = self.layout.choices[node]
+        shapes = local_shapes(node, choice, self.where.ranks)
+        cost = operator_cost(node, shapes, self.machine, self.width)
+        operands = tensor_operands(node)
+        for i in cost.saved.operands:
+            self.keep(operands[i], choice.operands[i])
+        if cost.saved.result:
+            self.keep(node, choice.result)
+        self.extra_bytes += cost.saved.extra_bytes
+        return cost
+
+    def moves(self) -> list[Move]:
+        """Each wanted state of each value once, however many read it."""
+        wanted: dict[tuple[fx.Node, State], None] = {}
+        for node in self.unit.calls():
+            for operand, state in zip(
+                tensor_operands(node), self.layout.choices[node].operands, strict=True
+            ):
+                wanted[operand, state] = None
+        wanted[self.unit.result(), self.layout.boundary_out] = None
+        found = []
+        for value, want in wanted:
+            have = self.layout.have(value)
+            made = move(value, have, want, self.where, self.machine, self.width)
+            if made is None or (value.op == "get_attr" and have != want):
+                raise ValueError(f"{self.unit.name}.{value.name} cannot go from {have} to {want}")
+            self.sends[str(made.forward), made.size_bytes, True] += 1
+            self.sends[str(made.backward), made.size_bytes, False] += 1
+            found.append(made)
+        return found
+
+    def bytes_of(self, node: fx.Node, state: State) -> int:
+        return self.width * numel(local_shape(shape_of(node), state, self.where.ranks))
+
+
+def parameter_nodes(unit: Unit) -> list[fx.Node]:
+    return [n for n in unit.graph.nodes if n.op == "get_attr"]
+
+
+def unit_cost(unit: Unit, layout: Layout, where: Group, machine: Machine, width: int) -> UnitCost:
+    """Errors: ValueError when two placements disagree in a way that no conversion mends."""
+    tally = _Tally(unit, layout, where, machine, width)
+    costs = [tally.operator(node) for node in unit.calls()]
+    moves = tally.moves()
+    flow = next(n for n in unit.graph.nodes if n.op == "placeholder")
+    into = (
+        8 * numel(shape_of(flow)) if is_integer(flow) else tally.bytes_of(flow, layout.boundary_in)
+    )
+    elements: dict[str, int] = {}
+    for node in parameter_nodes(unit):
+        state = layout.parameters[str(node.target)]
+        elements[str(node.target)] = numel(local_shape(shape_of(node), state, where.ranks))
+    own = {p: e for p, e in elements.items() if unit.parameters[p].tied is None}
+    return UnitCost(
+        forward_s=sum(c.forward_s for c in costs),
+        backward_s=sum(c.backward_s for c in costs),
+        tensor_forward_s=sum(m.forward_s for m in moves),
+        tensor_backward_s=sum(m.backward_s for m in moves),
+        flops=sum(c.flops for c in costs),
+        backward_flops=sum(c.backward_flops for c in costs),
+        model_flops=sum(c.model_flops for c in costs),
+        saved_bytes=tally.extra_bytes + sum(tally.bytes_of(*key) for key in tally.kept),
+        input_bytes=into,
+        output_bytes=tally.bytes_of(unit.result(), layout.boundary_out),
+        working_bytes=max((c.working_bytes for c in costs), default=0),
+        elements=sum(own.values()),
+        shadow_elements=sum(e for p, e in own.items() if layout.parameters[p] == SHADOW),
+        cast_elements=sum(elements[p] for p in tally.cast),
+        largest_elements=max(elements.values(), default=0),
+        tied_elements=sum(elements.values()) - sum(own.values()),
+        sends=_by_size(tally.sends),
+    )
+
+
+def _by_size(sends: Counter[tuple[str, int, bool]]) -> tuple[tuple[str, int, int, int], ...]:
+    quiet = (Collective.NONE, Collective.SLICE)
+    keys = sorted({(k, size) for k, size, _ in sends if k not in quiet})
+    return tuple((k, size, sends[k, size, True], sends[k, size, False]) for k, size in keys)

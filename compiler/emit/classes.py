@@ -1,0 +1,318 @@
+"""Print a lowered unit as classes: one for the block, one for each operator large enough to have
+one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from llmspec.compiler.emit.forward import (
+    Child,
+    Printer,
+    Section,
+    child_section,
+    flat_section,
+    unit_section,
+)
+from llmspec.compiler.emit.text import Text, quoted
+from llmspec.compiler.graph import Init, Parameter, Unit
+from llmspec.compiler.ops.collective import Move
+from llmspec.compiler.ops.dropout import dropout
+from llmspec.compiler.placement import Kind, State, parse_state
+from llmspec.compiler.reference import DROPOUTS_PER_INSTANCE
+from llmspec.dsl.program import Span
+
+Comment = Callable[[Move, fx.Node], tuple[str, ...]]
+
+
+@dataclass
+class Style:
+    """What all classes of one program share.
+
+    cast: whether weights are stored in another type than they are used in, and cast by the module
+        itself.
+    full: names of units that are recomputed whole in the backward.
+    imports: filled while printing.
+    """
+
+    source: str
+    cast: bool
+    full: frozenset[str]
+    comment: Comment
+    placements: dict[str, dict[str, str]]
+    imports: set[tuple[str, str]] = field(default_factory=set)
+
+
+def place(span: Span) -> str:
+    """Where a reader finds it: the file's name alone, or its place in the library."""
+    path = span.path if span.path.startswith("library/") else span.path.rpartition("/")[2]
+    return f"{quoted(path)}:{span.line}"
+
+
+def class_name(name: str) -> str:
+    words = [w for w in quoted(name).replace(".", "_").replace(" ", "_").split("_") if w]
+    text = "".join(w[0].upper() + w[1:] for w in words)
+    return text if text.isidentifier() else f"Block{text}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Parameters
+
+
+def init_text(init: Init, imports: set[tuple[str, str]]) -> str:
+    match init.kind:
+        case "normal":
+            name = "Normal"
+            mean = f"mean={init.a!r}, " if init.a else ""
+            text = f"Normal({mean}std={init.b!r})"
+        case "uniform":
+            name = "Uniform"
+            text = f"Uniform(low={init.a!r}, high={init.b!r})"
+        case _:
+            name = "Constant"
+            text = f"Constant(value={init.a!r})"
+    imports.add(("runtime.initialise", name))
+    if not init.zero_rows:
+        return text
+    imports.add(("runtime.initialise", "Rows"))
+    return f"Rows(init={text}, zero_rows={init.zero_rows!r})"
+
+
+def parameter_text(weight: Parameter, state: State, style: Style) -> str:
+    style.imports.add(("runtime.parameters", "parameter"))
+    parts = [repr(weight.shape), "mesh=mesh", f"init={init_text(weight.init, style.imports)}"]
+    if state.kind is Kind.SPLIT:
+        parts.append(f'split={{"tensor": {state.dim}}}')
+    if state.kind is Kind.SHADOW:
+        parts.append("partial=True")
+    if not weight.decay and len(weight.shape) >= 2:
+        parts.append("decay=False")
+    return f"parameter({', '.join(parts)})"
+
+
+Tree = dict[str, "Tree | str"]
+
+
+def grow(tree: Tree, path: str, text: str) -> None:
+    """Put `text` at a dotted path."""
+    head, _, rest = path.partition(".")
+    if not rest:
+        tree[head] = text
+        return
+    below = tree.setdefault(head, {})
+    if not isinstance(below, dict):
+        raise ValueError(f"{path} stands below a parameter")
+    grow(below, rest, text)
+
+
+def group_text(tree: Tree, style: Style) -> str:
+    style.imports.add(("runtime.parameters", "Group"))
+    parts = [f"{k}={v if isinstance(v, str) else group_text(v, style)}" for k, v in tree.items()]
+    return f"Group({', '.join(parts)})"
+
+
+# --------------------------------------------------------------------------------------------------
+# Classes
+
+
+def has_dropout(nodes: tuple[fx.Node, ...] | list[fx.Node]) -> bool:
+    return any(n.op == "call_function" and n.target is dropout for n in nodes)
+
+
+def _section_nodes(section: Section) -> list[fx.Node]:
+    return [i for i in section.items if isinstance(i, fx.Node)]
+
+
+@dataclass
+class ClassPrinter:
+    unit: Unit
+    section: Section
+    style: Style
+    text: Text
+
+    def state(self, weight: Parameter) -> State:
+        return parse_state(self.style.placements[self.unit.name][weight.path])
+
+    def relative(self, weight: Parameter) -> str:
+        return ".".join(weight.path.split(".")[len(self.section.scope) :])
+
+    def reference(self, node: fx.Node) -> str:
+        self.style.imports.add(("runtime.parameters", "local"))
+        path = self.relative(node.meta["parameter"])
+        return f"local(self.{path}{', COMPUTE' if self.style.cast else ''})"
+
+    def printer(self) -> Printer:
+        return Printer(self.section, self.reference, self.style.comment, self.style.imports)
+
+    def _where(self) -> str:
+        span = self.unit.span if not self.section.scope else self._first_span()
+        return f", {place(span)}" if span else ""
+
+    def _first_span(self) -> Span | None:
+        nodes = _section_nodes(self.section)
+        return next((n.meta["span"] for n in nodes if n.meta.get("span")), None)
+
+    def _docstring(self) -> str:
+        if not self.section.scope:
+            return f'"""Block `{self.unit.name}`{self._where()}."""'
+        return f'"""{".".join(self.section.scope)} of `{self.unit.name}`{self._where()}."""'
+
+    def _needs_dropout(self) -> bool:
+        return has_dropout(_section_nodes(self.section)) or any(
+            has_dropout(c.nodes) for c in self.section.children()
+        )
+
+    def _members(self) -> Tree:
+        """Everything `__init__` assigns: modules and parameters, by name."""
+        tree: Tree = {}
+        for child in self.section.children():
+            path = ".".join(child.scope[len(self.section.scope) :])
+            more = ", first_dropout" if has_dropout(child.nodes) else ""
+            grow(tree, path, f"{self.child_class(child)}(mesh{more})")
+        for node in self.section.parameters:
+            weight: Parameter = node.meta["parameter"]
+            grow(
+                tree, self.relative(weight), parameter_text(weight, self.state(weight), self.style)
+            )
+        return tree
+
+    def child_class(self, child: Child) -> str:
+        return class_name("_".join((self.unit.name, *child.scope)))
+
+    def print_class(self, name: str) -> None:
+        statements = self.printer().statements()
+        inputs = self.printer()
+        inputs.statements()
+        arguments = [inputs.names[n] for n in self.section.inputs]
+        body = [s.text for s in statements]
+        with self.text.block(f"class {name}(nn.Module):"):
+            self.text.line(self._docstring())
+            self.text.blank()
+            self._print_init(uses_tensor=any("self.tensor" in t for t in body))
+            self.text.blank()
+            self._print_forward(arguments, statements)
+        self.text.blank(2)
+
+    def _print_init(self, uses_tensor: bool) -> None:
+        more = ", first_dropout: int" if self._needs_dropout() else ""
+        with self.text.block(f"def __init__(self, mesh: Mesh{more}):"):
+            self.text.line("super().__init__()")
+            for key, value in self._members().items():
+                text = value if isinstance(value, str) else group_text(value, self.style)
+                self.text.line(f"self.{key} = {text}")
+            if uses_tensor:
+                self.text.line("self.tensor = mesh.tensor")
+            if has_dropout(_section_nodes(self.section)):
+                self.text.line("self.first_dropout = first_dropout")
+
+    def _print_forward(self, arguments, statements) -> None:  # type: ignore[no-untyped-def]
+        signature = ", ".join(f"{a}: Tensor" for a in arguments)
+        name = "forward"
+        if not self.section.scope and self.unit.name in self.style.full:
+            with self.text.block(f"def forward(self, {signature}) -> Tensor:"):
+                self.text.line("# keep the input alone, run the block again in the backward")
+                call = ", ".join(["self.run", *arguments])
+                self.style.imports.add(("torch.utils.checkpoint", "checkpoint"))
+                self.text.line(
+                    f"return checkpoint({call}, use_reentrant=False, preserve_rng_state=False)"
+                )
+            self.text.blank()
+            name = "run"
+        with self.text.block(f"def {name}(self, {signature}) -> Tensor:"):
+            print_statements(self.text, statements)
+
+
+def print_statements(text: Text, statements) -> None:  # type: ignore[no-untyped-def]
+    """The last statement is what is returned."""
+    for statement in statements[:-1]:
+        for comment in statement.comments:
+            text.line(f"# {comment}")
+        text.line(f"{statement.target} = {statement.text}")
+    last = statements[-1]
+    for comment in last.comments:
+        text.line(f"# {comment}")
+    text.line(f"return {last.text}")
+
+
+def print_block(unit: Unit, style: Style, text: Text) -> None:
+    """The classes of a repeated block, children first."""
+    section = unit_section(unit)
+    _print_children(unit, section, style, text)
+    ClassPrinter(unit, section, style, text).print_class(class_name(unit.name))
+
+
+def _print_children(unit: Unit, section: Section, style: Style, text: Text) -> None:
+    printer = ClassPrinter(unit, section, style, text)
+    for child in section.children():
+        inner = child_section(child, unit)
+        _print_children(unit, inner, style, text)
+        ClassPrinter(unit, inner, style, text).print_class(printer.child_class(child))
+
+
+# --------------------------------------------------------------------------------------------------
+# Units that stand once: the first and the last
+
+
+def leaf_groups(unit: Unit) -> dict[str, str]:
+    """The modules that hold a plain unit's parameters: full path -> the name inside the unit's
+    class.
+    """
+    paths = dict.fromkeys(p.path.rpartition(".")[0] for p in unit.parameters.values())
+    names: dict[str, str] = {}
+    for path in paths:
+        short = path.rpartition(".")[2]
+        names[path] = path.replace(".", "_") if short in names.values() else short
+    return names
+
+
+@dataclass
+class PlainPrinter(ClassPrinter):
+    """A unit whose parameters live in groups that the model owns and hands to it."""
+
+    groups: dict[str, str] = field(default_factory=dict)
+
+    def relative(self, weight: Parameter) -> str:
+        group, _, name = weight.path.rpartition(".")
+        return f"{self.groups[group]}.{name}"
+
+    def _docstring(self) -> str:
+        what = {"first": "What comes before the blocks", "last": "What comes after the blocks"}
+        return f'"""{what.get(self.unit.name, f"Unit `{self.unit.name}`")}{self._where()}."""'
+
+    def _print_init(self, uses_tensor: bool) -> None:
+        names = list(self.groups.values())
+        dropped = self._needs_dropout()
+        arguments = [f"{n}: Group" for n in names] + ["first_dropout: int"] * dropped
+        mesh = ["mesh: Mesh"] if uses_tensor else []
+        self.style.imports.add(("runtime.parameters", "Group"))
+        with self.text.block(f"def __init__({', '.join(['self', *mesh, *arguments])}):"):
+            self.text.line("super().__init__()")
+            for name in names:
+                self.text.line(f"self.{name} = {name}")
+            if uses_tensor:
+                self.text.line("self.tensor = mesh.tensor")
+            if dropped:
+                self.text.line("self.first_dropout = first_dropout")
+
+
+def print_plain(unit: Unit, style: Style, text: Text) -> str:
+    """The class of a unit that stands once. Returns how the model makes one, `first_dropout`
+    open.
+    """
+    groups = leaf_groups(unit)
+    section = flat_section(unit)
+    printer = PlainPrinter(unit, section, style, text, groups=groups)
+    statements = printer.printer().statements()
+    uses_tensor = any("self.tensor" in s.text for s in statements)
+    printer.print_class(class_name(unit.name))
+    arguments = ["mesh"] * uses_tensor + [f"self.{path}" for path in groups]
+    if has_dropout(unit.calls()):
+        arguments.append("first_dropout={first_dropout}")
+    return f"{class_name(unit.name)}({', '.join(arguments)})"
+
+
+def first_dropout(index: int) -> int:
+    return DROPOUTS_PER_INSTANCE * index

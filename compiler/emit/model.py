@@ -1,0 +1,419 @@
+"""Print model.py: one class per distinct block, and the model that chains them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import fx
+
+from llmspec.compiler.emit.classes import (
+    Style,
+    class_name,
+    first_dropout,
+    group_text,
+    grow,
+    has_dropout,
+    leaf_groups,
+    parameter_text,
+    print_block,
+    print_plain,
+)
+from llmspec.compiler.emit.text import Text, formatted, in_bytes, plural, quoted
+from llmspec.compiler.graph import INTEGER_INPUTS, Instance, Unit
+from llmspec.compiler.lower import Lowered
+from llmspec.compiler.ops.collective import Move, sends
+from llmspec.compiler.placement import Collective, parse_state
+from llmspec.compiler.plan import Plan
+
+LETTERS = {
+    "B": "sequences",
+    "T": "tokens",
+    "S": "tokens attended to",
+    "D": "width",
+    "H": "heads",
+    "K": "key/value heads",
+    "E": "head size",
+    "F": "hidden width",
+    "I": "heads x head size",
+    "J": "key/value heads x head size",
+    "V": "vocabulary",
+    "C": "positions",
+}
+
+VERBS = {
+    Collective.ALL_REDUCE: "sum",
+    Collective.ALL_GATHER: "gather",
+    Collective.REDUCE_SCATTER: "sum and scatter",
+    Collective.ALL_TO_ALL: "exchange",
+    Collective.SLICE: "keep this rank's slice",
+}
+
+
+Times = Callable[[Move], float | None]
+
+
+def element_bytes(precision: str) -> int:
+    return 2 if precision in ("bf16", "fp16") else 4
+
+
+@dataclass
+class Header:
+    """What the top of a file says of the plan."""
+
+    plan: Plan
+    spec: str
+
+    def lines(self) -> list[str]:
+        p, m = self.plan, self.plan.mesh
+        axes = {
+            "pipeline": m.pipeline,
+            "replicas": m.replicas,
+            "shards": m.shards,
+            "tensor": m.tensor,
+        }
+        named = [f"{name} {size}" for name, size in axes.items() if size > 1]
+        mesh = " x ".join(named) + f" = {m.world_size} processes" if named else "one process"
+        return [
+            f"Emitted by llmspec from {self.spec}. Spec {p.spec_hash}, plan {p.plan_hash}.",
+            f"Change the spec or the plan, then: llmspec compile {self.spec}",
+            "",
+            f"Mesh: {mesh}. ZeRO {p.zero}.",
+        ]
+
+
+class ModelPrinter:
+    def __init__(
+        self, lowered: Lowered, *, precision: str, seed: int, spec: str, times: Times | None = None
+    ):
+        plan = lowered.plan
+        self.lowered, self.plan, self.seed, self.spec = lowered, plan, seed, spec
+        self.precision = precision
+        self.times = times or (lambda move: None)
+        full = frozenset(u for u, policy in plan.recompute.items() if policy == "full")
+        self.style = Style(
+            source=spec,
+            cast=precision != "fp32" and plan.zero == 0,
+            full=full,
+            comment=self.comment,
+            placements={n: p.parameters for n, p in lowered.placements.items()},
+        )
+        self.chain = lowered.whole.instances
+        self.staged = len(plan.stages) > 1
+
+    # -- comments
+
+    def _elements(self, move: Move) -> int:
+        count = 1
+        for size in move.whole_shape:
+            count *= size
+        return count
+
+    def comment(self, move: Move, node: fx.Node) -> tuple[str, ...]:
+        if not sends(node) or node.meta["label"] in INTEGER_INPUTS:
+            return ()
+        size = in_bytes(self._elements(move) * element_bytes(self.precision))
+        forward, backward = move.conversion.forward, move.conversion.backward
+        quiet = Collective.NONE
+        time_s = self.times(move)
+        cost = size if time_s is None else f"{size}, {time_s * 1e3:.3g} ms predicted"
+        if forward is quiet:
+            text = f"backward: {VERBS[backward]} over tensor, {cost}"
+        else:
+            text = f"{VERBS[forward]} over tensor: {cost}"
+            if forward is Collective.SLICE:
+                text = f"this rank's slice; backward: {VERBS[backward]} over tensor, {cost}"
+            elif backward is not quiet:
+                text += f"; backward: {VERBS[backward]}"
+        return (text,)
+
+    # -- the file
+
+    def _legend(self) -> list[str]:
+        """One entry a letter: what it counts, whole and on one rank."""
+        whole: dict[str, int] = {}
+        local: dict[str, int] = {}
+        for name, unit in self.lowered.units.items():
+            for node in self.lowered.whole.units[name].graph.nodes:
+                for letter, size in zip(
+                    node.meta.get("dims", ""), node.meta.get("shape", ()), strict=False
+                ):
+                    whole.setdefault(letter, size)
+            for node in unit.graph.nodes:
+                for letter, size in zip(
+                    node.meta.get("dims", ""), node.meta.get("shape", ()), strict=False
+                ):
+                    if letter.islower():
+                        local.setdefault(letter, size)
+        parts = [
+            f"{letter} {size:,} {LETTERS[letter]}".replace(",", "_")
+            for letter, size in whole.items()
+            if letter in LETTERS
+        ]
+        parts += [
+            f"{letter} {size:,} ({letter.upper()} over tensor)".replace(",", "_")
+            for letter, size in local.items()
+        ]
+        lines, line = [], "Shapes of one micro-batch on one process:"
+        for part in parts:
+            if len(line) + len(part) > 92:
+                lines.append(line)
+                line = "   "
+            line += f" {part};"
+        return [*lines, line.rstrip(";")]
+
+    def print(self) -> str:
+        body = Text()
+        distinct = dict.fromkeys(i.unit for i in self.chain)
+        plain = {n for n in distinct if self._plain(n)}
+        makers = {}
+        for name in distinct:
+            unit = self.lowered.units[name]
+            if name in plain:
+                makers[name] = print_plain(unit, self.style, body)
+            else:
+                print_block(unit, self.style, body)
+        self._print_model(body, makers)
+        head = Text()
+        self._print_head(head)
+        return formatted(head.render() + body.render(), "model.py")
+
+    def _plain(self, name: str) -> bool:
+        return all(i.prefix == "" for i in self.chain if i.unit == name)
+
+    def _print_head(self, text: Text) -> None:
+        text.line('"""' + Header(self.plan, self.spec).lines()[0])
+        for line in [*Header(self.plan, self.spec).lines()[1:], *self._legend()]:
+            text.line(line)
+        text.line('"""')
+        text.blank()
+        for module in ("torch", "torch.nn.functional as F"):
+            text.line(f"import {module}")
+        text.line("from torch import Tensor, nn")
+        by_module: dict[str, set[str]] = {}
+        for module, name in self.style.imports | {("runtime.mesh", "Mesh")}:
+            by_module.setdefault(module, set()).add(name)
+        for module, names in sorted(by_module.items()):
+            text.line(f"from {module} import {', '.join(sorted(names))}")
+        text.blank()
+        if self.style.cast:
+            text.line(f"COMPUTE = torch.{_TORCH[self.precision]}  # weights are stored in float32")
+        if self.lowered.whole.dropout:
+            text.line(f"SEED = {self.seed}")
+        if self.staged:
+            cuts = tuple(
+                (max(a - 1, 0), min(b - 1, len(self.chain) - 2)) for a, b in self.plan.stages
+            )
+            text.line(f"STAGES = {cuts!r}  # blocks of each pipeline stage: first, stop")
+        text.blank(2)
+
+    # -- the model
+
+    def _print_model(self, text: Text, makers: dict[str, str]) -> None:
+        what = f"`{quoted(self.lowered.whole.name)}`, {plural(len(self.chain) - 2, 'block')}"
+        with text.block("class Model(nn.Module):"):
+            if self.staged:
+                text.line(f'"""One pipeline stage of {what}. Stage 0 takes tokens,')
+                text.line("the others what the stage before sent; the last returns the loss.")
+                text.line('"""')
+            else:
+                text.line(f'"""{what}: from tokens to the summed loss of their targets."""')
+            text.blank()
+            self._print_init(text, makers)
+            text.blank()
+            self._print_forward(text)
+            if self.plan.zero:
+                text.blank()
+                self._print_units(text)
+
+    def _print_units(self, text: Text) -> None:
+        """What FSDP2 gathers as one. A tied table that first and last share stays with the root."""
+        blocks = self.lowered.blocks()
+        container = self._uniform()
+        every = f"*self.{container}.values()" if container else "*self.chain" if blocks else ""
+        ends = [self.chain[0].unit, self.chain[-1].unit]
+        shared = set(leaf_groups(self.lowered.units[ends[0]])) & set(
+            leaf_groups(self.lowered.units[ends[1]])
+        )
+        with text.block("def units(self) -> list[nn.Module]:"):
+            text.line('"""The modules whose parameters are gathered together."""')
+            if not self.staged:
+                names = [] if shared or len(self.chain) == 1 else [f"self.{e}" for e in ends]
+                text.line(f"return [{', '.join([every, *names] if every else names)}]")
+                return
+            text.line(f"units: list[nn.Module] = [{every}]")
+            for flag, end in zip(("is_first", "is_last"), ends, strict=True):
+                with text.block(f"if self.{flag}:"):
+                    text.line(f"units.append(self.{end})")
+            text.line("return units")
+
+    def _on(self, text: Text, condition: str, lines: list[str]) -> None:
+        if not lines:
+            return
+        if not self.staged:
+            for line in lines:
+                text.line(line)
+            return
+        with text.block(f"if {condition}:"):
+            for line in lines:
+                text.line(line)
+
+    def _print_init(self, text: Text, makers: dict[str, str]) -> None:
+        first, last = self.chain[0], self.chain[-1]
+        stage = ", stage: int" if self.staged else ""
+        with text.block(f"def __init__(self, mesh: Mesh{stage}):"):
+            text.line("super().__init__()")
+            if self.staged:
+                text.line("first, stop = STAGES[stage]")
+                text.line("self.is_first, self.is_last = stage == 0, stage == len(STAGES) - 1")
+            for container in self._containers():
+                text.line(f"{container} = Group()")
+                self.style.imports.add(("runtime.parameters", "Group"))
+            self._on(text, "self.is_first", self._unit_lines(first, 0, makers))
+            self._print_blocks(text, makers)
+            self._on(text, "self.is_last", self._unit_lines(last, len(self.chain) - 1, makers))
+
+    def _containers(self) -> list[str]:
+        """Modules above the groups and blocks that need to be there before them."""
+        paths: dict[str, None] = {}
+        tops = [i.prefix for i in self.chain if i.prefix]
+        for instance in self.chain:
+            if not instance.prefix:
+                tops += list(leaf_groups(self.lowered.units[instance.unit]))
+        for path in tops:
+            parts = path.split(".")
+            stop = len(parts) - (2 if parts[-1].isdigit() else 1)
+            for depth in range(1, stop + 1):
+                paths[".".join(("self", *parts[:depth]))] = None
+        return list(paths)
+
+    def _unit_lines(self, instance: Instance, index: int, makers: dict[str, str]) -> list[str]:
+        """The statements that make a plain unit: its groups, then the module that uses them."""
+        unit = self.lowered.units[instance.unit]
+        lines = []
+        for path in leaf_groups(unit):
+            if self._made_by_first(path, instance):
+                continue
+            lines.append(f"self.{path} = {self._group(unit, path)}")
+        maker = makers[unit.name].replace("{first_dropout}", str(first_dropout(index)))
+        return [*lines, f"self.{unit.name} = {maker}"]
+
+    def _made_by_first(self, path: str, instance: Instance) -> bool:
+        """A tied table that the first unit of the same process already made."""
+        first = self.chain[0]
+        return (
+            not self.staged
+            and instance is not first
+            and path in leaf_groups(self.lowered.units[first.unit])
+        )
+
+    def _group(self, unit: Unit, path: str) -> str:
+        tree: dict = {}
+        for weight in unit.parameters.values():
+            group, _, name = weight.path.rpartition(".")
+            if group == path:
+                state = parse_state(self.style.placements[unit.name][weight.path])
+                grow(tree, name, parameter_text(weight, state, self.style))
+        return group_text(tree, self.style)
+
+    def _block_maker(self, unit: Unit, index: str) -> str:
+        if not has_dropout(unit.calls()):
+            return f"{class_name(unit.name)}(mesh)"
+        return f"{class_name(unit.name)}(mesh, {first_dropout(1)} * ({index} + 1))"
+
+    def _uniform(self) -> str | None:
+        """The container of the blocks when all are numbered instances of one unit."""
+        blocks = self.lowered.blocks()
+        containers = {b.prefix.rpartition(".")[0] for b in blocks}
+        numbers = [b.prefix.rpartition(".")[2] for b in blocks]
+        plain = len(containers) == 1 and len({b.unit for b in blocks}) == 1
+        counted = numbers == [str(i) for i in range(len(blocks))]
+        return containers.pop() if plain and counted and containers != {""} else None
+
+    def _print_blocks(self, text: Text, makers: dict[str, str]) -> None:
+        blocks = self.lowered.blocks()
+        if not blocks:
+            return
+        container = self._uniform()
+        if container is not None:
+            maker = self._block_maker(self.lowered.units[blocks[0].unit], "i")
+            bounds = "first, stop" if self.staged else str(len(blocks))
+            text.line(
+                f"self.{container} = nn.ModuleDict({{str(i): {maker} for i in range({bounds})}})"
+            )
+            return
+        for path in dict.fromkeys(b.prefix.rpartition(".")[0] for b in blocks):
+            if path:
+                text.line(f"self.{path} = nn.ModuleDict()")
+        text.line("self.chain = nn.ModuleList()")
+        for number, block in enumerate(blocks):
+            self._print_single(text, block, number, makers)
+
+    def _print_single(
+        self, text: Text, block: Instance, number: int, makers: dict[str, str]
+    ) -> None:
+        """A block of a chain that is not uniform."""
+        unit = self.lowered.units[block.unit]
+        if block.prefix:
+            path, _, key = block.prefix.rpartition(".")
+            target = f'self.{path}["{key}"]' if path else f"self.{key}"
+            lines = [f"{target} = {self._block_maker(unit, str(number))}"]
+        else:
+            lines = self._unit_lines(block, number + 1, makers)
+            target = f"self.{unit.name}"
+        lines.append(f"self.chain.append({target})")
+        self._on(text, f"first <= {number} < stop", lines)
+
+    def _print_forward(self, text: Text) -> None:
+        start = "x" if self.staged else "tokens_BT"
+        arguments = f"{start}: Tensor, targets_BT: Tensor, samples_B: Tensor"
+        with text.block(f"def forward(self, {arguments}) -> Tensor:"):
+            self._on(text, "self.is_first", [f"x = {self._call('first', start)}"])
+            self._print_loop(text)
+            tail = f"return {self._call('last', 'x')}"
+            self._on(text, "self.is_last", [tail])
+            if self.staged:
+                text.line("return x")
+
+    def _extra(self, name: str) -> str:
+        """The further inputs of a unit."""
+        names = {"targets": "targets_BT", "samples": "samples_B"}
+        inputs = self.lowered.units[name].inputs
+        flow = "targets" if name == "last" and inputs[0] == "targets" else inputs[0]
+        return "".join(f", {names[i]}" for i in inputs if i in names and i != flow)
+
+    def _call(self, which: str, value: str) -> str:
+        instance = self.chain[0] if which == "first" else self.chain[-1]
+        return f"self.{instance.unit}({value}{self._extra(instance.unit)})"
+
+    def _print_loop(self, text: Text) -> None:
+        blocks = self.lowered.blocks()
+        if not blocks:
+            return
+        container = self._uniform()
+        extras = {self._extra(b.unit) for b in blocks}
+        if container is not None:
+            with text.block(f"for block in self.{container}.values():"):
+                text.line(f"x = block(x{extras.pop()})")
+            return
+        if len(extras) == 1:
+            with text.block("for block in self.chain:"):
+                text.line(f"x = block(x{extras.pop()})")
+            return
+        by_class = {class_name(b.unit): self._extra(b.unit) for b in blocks}
+        with text.block("for block in self.chain:"):
+            for kind, extra in by_class.items():
+                with text.block(f"if isinstance(block, {kind}):"):
+                    text.line(f"x = block(x{extra})")
+
+
+_TORCH = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def print_model(
+    lowered: Lowered, *, precision: str, seed: int, spec: str, times: Times | None = None
+) -> str:
+    """model.py of the lowered program. times(move) -> seconds of its forward, or None."""
+    return ModelPrinter(
+        lowered, precision=precision, seed=seed, spec=quoted(spec), times=times
+    ).print()

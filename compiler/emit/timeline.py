@@ -1,0 +1,189 @@
+"""What each stage of a plan holds and how long it works, and when it does: the report's numbers.
+
+Everything is worked out again from the program, the plan and the cost model that the search used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmspec.compiler.cost.memory import Ledger, Residence, ledger
+from llmspec.compiler.cost.network import group, send_s
+from llmspec.compiler.cost.stage import Stage
+from llmspec.compiler.cost.step import durations
+from llmspec.compiler.graph import ModelGraph
+from llmspec.compiler.plan import Plan
+from llmspec.compiler.schedules import Action, Schedule, parse_action
+from llmspec.compiler.search.meshes import Grid
+from llmspec.compiler.search.options import TensorOption
+from llmspec.compiler.search.predicted import plan_object, predicted_object
+from llmspec.compiler.search.space import Candidate, Shape, Space
+from llmspec.dsl.program import Program
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageForecast:
+    """One pipeline stage: blocks it holds, memory of one of its ranks, seconds of one
+    micro-batch."""
+
+    blocks: int
+    memory: Ledger
+    forward_s: float
+    backward_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """decided, predicted: the objects of plan.json, of the plan as it stands: somebody may have
+    edited it. send_s: a message between two stages."""
+
+    stages: tuple[StageForecast, ...]
+    send_s: float
+    decided: dict[str, Any] = field(default_factory=dict)
+    predicted: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A forward ("F") or backward ("B") of one micro-batch, on the rank of its stage."""
+
+    rank: int
+    kind: str
+    microbatch: int
+    start_s: float
+    stop_s: float
+
+
+def forecast(program: Program, plan: Plan, graph: ModelGraph) -> Forecast:
+    """`graph`: of the plan's micro-batch. Errors: Unsupported for what has no price yet."""
+    space = Space.of(program, lambda _: graph)
+    shape = _shape(space, plan)
+    stages = [space.stage(shape, a, b) for a, b in shape.cut]
+    data = space.data_costs(shape, stages, plan.zero, plan.mesh.shards)
+    starts = [i for i, instance in enumerate(graph.instances) if instance.prefix]
+    found = []
+    for index, (stage, cost) in enumerate(zip(stages, data, strict=True)):
+        forward, backward = durations(stage, cost)
+        first, stop = shape.cut[index]
+        found.append(
+            StageForecast(
+                blocks=sum(first <= i < stop for i in starts),
+                memory=ledger(stage, _residence(plan, index), space.types, space.machine),
+                forward_s=forward,
+                backward_s=backward,
+            )
+        )
+    message = max((s.output_bytes for s in stages[:-1]), default=0)
+    priced = _priced(space, plan, shape, stages)
+    return Forecast(
+        stages=tuple(found),
+        send_s=send_s(message, plan.mesh, space.machine) if len(stages) > 1 else 0.0,
+        decided=plan_object(space, priced),
+        predicted=predicted_object(space, priced),
+    )
+
+
+def _priced(space: Space, plan: Plan, shape: Shape, stages: list[Stage]) -> Candidate:
+    zero, shards, schedule = plan.zero, plan.mesh.shards, Schedule(plan.schedule)
+    return Candidate(
+        shape=shape,
+        zero=zero,
+        shards=shards,
+        schedule=schedule,
+        ledger=space.worst_ledger(shape, stages, zero, shards, schedule),
+        times=space.times(shape, stages, zero, shards, schedule, play=True),
+    )
+
+
+def _shape(space: Space, plan: Plan) -> Shape:
+    mesh = plan.mesh
+    option = TensorOption(
+        ranks=mesh.tensor,
+        sequence=plan.sequence,
+        leaning="time",
+        where=group(mesh.tensor, 1, space.machine),
+        placements=plan.placements,
+    )
+    return Shape(
+        option=option,
+        grid=Grid(tensor=mesh.tensor, pipeline=mesh.pipeline, data=mesh.data),
+        microbatch=plan.microbatch,
+        microbatches=plan.microbatches,
+        recompute=tuple(plan.recompute.items()),
+        cut=plan.stages,
+    )
+
+
+def _residence(plan: Plan, index: int) -> Residence:
+    pipeline, count = plan.mesh.pipeline, plan.microbatches
+    every = plan.schedule == Schedule.GPIPE and pipeline > 1
+    return Residence(
+        zero=plan.zero,
+        data=plan.mesh.data,
+        shards=plan.mesh.shards,
+        microbatches=count,
+        in_flight=count if every else min(count, pipeline - index),
+        sends_on=index < pipeline - 1,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Playing the action lists
+
+
+def computing(plan: Plan) -> list[list[Action]]:
+    """Each pipeline rank's forwards and backwards in order; one process has them in turn."""
+    if not plan.actions:
+        turns = range(plan.microbatches)
+        return [[Action(0, kind, m) for m in turns for kind in ("F", "B")]]
+    return [[a for a in map(parse_action, row) if a.kind in ("F", "B")] for row in plan.actions]
+
+
+def play(lists: Sequence[Sequence[Action]], known: Forecast) -> list[Event]:
+    """When each forward and backward runs: after its turn on its rank and the arrival of its input.
+
+    Errors: ValueError when the lists wait for each other.
+    """
+    events: list[Event] = []
+    clock = [0.0] * len(lists)
+    position = [0] * len(lists)
+    done: dict[Action, tuple[int, float]] = {}
+    while any(p < len(own) for p, own in zip(position, lists, strict=True)):
+        before = len(events)
+        for rank, own in enumerate(lists):
+            while position[rank] < len(own):
+                action = own[position[rank]]
+                ready = _ready_s(action, rank, done, known)
+                if ready is None:
+                    break
+                event = _event(action, rank, max(clock[rank], ready), known)
+                events.append(event)
+                clock[rank] = event.stop_s
+                done[action] = rank, event.stop_s
+                position[rank] += 1
+        if len(events) == before:
+            raise ValueError("the action lists wait for themselves")
+    return events
+
+
+def _event(action: Action, rank: int, start_s: float, known: Forecast) -> Event:
+    stage = known.stages[action.stage]
+    spent = stage.forward_s if action.kind == "F" else stage.backward_s
+    assert action.microbatch is not None, "forwards and backwards have a micro-batch"
+    return Event(rank, action.kind, action.microbatch, start_s, start_s + spent)
+
+
+def _ready_s(
+    action: Action, rank: int, done: dict[Action, tuple[int, float]], known: Forecast
+) -> float | None:
+    """When the input is there; None while nobody has made it."""
+    forward = action.kind == "F"
+    source = action.stage + (-1 if forward else 1)
+    if not 0 <= source < len(known.stages):
+        return 0.0
+    made = done.get(action._replace(stage=source))
+    if made is None:
+        return None
+    return made[1] + (known.send_s if made[0] != rank else 0.0)

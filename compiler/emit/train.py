@@ -1,0 +1,354 @@
+"""Print train.py: mesh, model, gradients, optimizer, data and the loop of one plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llmspec.compiler.emit.model import Header
+from llmspec.compiler.emit.text import Text, formatted, quoted
+from llmspec.compiler.errors import InternalError
+from llmspec.compiler.lower import Lowered
+from llmspec.compiler.ops.registry import shape_of
+from llmspec.dsl.program import Call, Option, Program
+
+TORCH_TYPES = {"fp32": "torch.float32", "bf16": "torch.bfloat16"}
+
+
+def literal(value: Option) -> str:
+    """A value of the spec as Python source; only plain data gets through."""
+    if isinstance(value, tuple):
+        inner = ", ".join(literal(v) for v in value)
+        return f"({inner},)" if len(value) == 1 else f"({inner})"
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    raise InternalError(f"{value!r} cannot be written into a program")
+
+
+@dataclass
+class TrainPrinter:
+    program: Program
+    lowered: Lowered
+    model_flops_per_token: float
+    text: Text = field(default_factory=Text)
+    imports: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.plan = self.lowered.plan
+        self.train = self.program.train
+        self.precision = self.train.precision.name
+        self.staged = len(self.plan.stages) > 1
+        self.mixed = self.precision != "fp32"
+
+    # -- pieces
+
+    def constants(self) -> None:
+        t, plan = self.train, self.plan
+        self.text.line(f"STEPS = {t.steps}")
+        self.text.line(f"BATCH = {t.batch_sequences}  # sequences per step, over all processes")
+        self.text.line(f"MICROBATCHES = {plan.microbatches}  # of {plan.microbatch} sequences each")
+        self.text.line(f"SEQUENCE = {t.sequence_length}")
+        self.text.line(f"VOCABULARY = {self.lowered.whole.vocab}")
+        self.text.line(f"SEED = {t.seed}")
+        self.text.line("FOLDER = Path(__file__).parent")
+        self.text.line(f"FLOPS_PER_TOKEN = {self.model_flops_per_token:.6g}  # model, not hardware")
+        if peak := self.peak():
+            self.text.line(f"PEAK_FLOPS = {peak:.6g}  # of one device, {self.precision}, dense")
+        sharded = self.mixed and plan.zero > 0
+        if self.staged or sharded:
+            stored = "  # weights are float32" if self.mixed else ""
+            self.text.line(f"COMPUTE = {TORCH_TYPES[self.precision]}{stored}")
+        if sharded:
+            self.text.line("REDUCE = torch.float32  # gradients are summed in it")
+        if self.staged:
+            self.actions()
+
+    def actions(self) -> None:
+        self.text.blank()
+        self.text.line("# what each pipeline rank does in a step: stage, action, micro-batch")
+        self.text.line("ACTIONS = {")
+        for rank, words in enumerate(self.plan.actions):
+            self.text.line(f"    {rank}: (")
+            line = "       "
+            for word in words:
+                if len(line) + len(word) > 92:
+                    self.text.line(f'        "{line.strip()} "')
+                    line = ""
+                line += f" {word}"
+            self.text.line(f'        "{line.strip()}"')
+            self.text.line("    ).split(),")
+        self.text.line("}")
+
+    def wrapper(self, model: str) -> str:
+        """How gradients of `model` are summed over data ranks."""
+        plan = self.plan
+        if plan.zero == 0:
+            self.imports.add("from runtime.replicated_data_parallel import ReplicatedGradients")
+            return f"ReplicatedGradients({model}, mesh)"
+        self.imports.add("from runtime.sharded_data_parallel import ShardedGradients")
+        types = ", compute=COMPUTE, reduce=REDUCE" if self.mixed else ""
+        return f"ShardedGradients({model}, mesh, units={model}.units(), zero={plan.zero}{types})"
+
+    def data_moves(self) -> None:
+        """Comments: what travels over the data ranks and stands in no other line."""
+        plan = self.plan
+        if plan.zero == 0 and plan.mesh.data > 1:
+            self.text.line("# sums gradients over the data ranks in buckets, beside the backward")
+        if plan.zero > 0:
+            gathered = "once a step" if plan.zero < 3 else "for its forward and for its backward"
+            summed = "once a step" if plan.zero == 1 else "after every backward"
+            self.text.line(f"# FSDP2 gathers each unit's parameters {gathered},")
+            self.text.line(f"# and sums its gradients over the data ranks {summed}, a part on each")
+
+    def boundary(self) -> tuple[str, str]:
+        """Shape and type of what stages send each other."""
+        first = self.lowered.units[self.lowered.whole.instances[0].unit]
+        shape = repr(shape_of(first.result()))
+        return shape, "COMPUTE"
+
+    # -- Trainer
+
+    def trainer(self) -> None:
+        t = self.text
+        with t.block("class Trainer:"):
+            t.line('"""The model on this process, and what one optimizer step computes."""')
+            t.blank()
+            with t.block("def __init__(self, mesh: Mesh):"):
+                t.line("self.mesh = mesh")
+                if self.staged:
+                    self.staged_init()
+                else:
+                    self.single_init()
+            t.blank()
+            if self.staged:
+                self.staged_step()
+            else:
+                self.single_step()
+
+    def single_init(self) -> None:
+        t = self.text
+        t.line("self.model = Model(mesh)")
+        self.data_moves()
+        t.line(f"self.gradients = {self.wrapper('self.model')}")
+        t.line("initialise(self.model, mesh, seed=SEED)")
+        t.line("self.models = [self.model]")
+
+    def single_step(self) -> None:
+        t = self.text
+        with t.block("def step(self, batch: Batch) -> Tensor:"):
+            t.line('"""Gradients of one batch, summed over all processes; this process\'s loss."""')
+            t.line("loss = torch.zeros((), device=self.mesh.device)")
+            with t.block("for micro in batch.microbatches(MICROBATCHES):"):
+                t.line("self.gradients.before_microbatch(micro)")
+                t.line("part = self.model(micro.tokens_BT, micro.targets_BT, micro.samples_B)")
+                t.line("part = part / batch.target_tokens")
+                t.line("part.backward()")
+                t.line("loss = loss + part.detach()")
+            t.line("self.gradients.finish()")
+            t.line("return loss")
+        t.blank()
+        with t.block("def evaluate(self, batch: Batch) -> Tensor:"):
+            t.line('"""This process\'s part of the batch\'s mean loss, no gradients."""')
+            t.line("loss = torch.zeros((), device=self.mesh.device)")
+            with (
+                t.block("with self.gradients.evaluation():"),
+                t.block("for micro in batch.microbatches(MICROBATCHES):"),
+            ):
+                t.line("part = self.model(micro.tokens_BT, micro.targets_BT, micro.samples_B)")
+                t.line("loss = loss + part / batch.target_tokens")
+            t.line("return loss")
+        t.blank()
+        with t.block("def clip(self, max_norm: float | None) -> Tensor:"):
+            t.line('"""The norm of all gradients before clipping."""')
+            t.line("return clip_(self.model.parameters(), self.mesh, max_norm)")
+
+    def tied(self) -> str:
+        """Weights of several stages: (name, owning stage, copy's stage)."""
+        plan, instances = self.plan, self.lowered.whole.instances
+        owner: dict[str, int] = {}
+        found: list[str] = []
+        for index, instance in enumerate(instances):
+            stage = next(s for s, (a, b) in enumerate(plan.stages) if a <= index < b)
+            for weight in self.lowered.whole.units[instance.unit].parameters.values():
+                name = weight.tied or instance.full_name(weight.path)
+                if owner.setdefault(name, stage) != stage:
+                    found.append(f'TiedWeights("{name}", owner={owner[name]}, copy={stage})')
+        return f"[{', '.join(found)}]" if found else ""
+
+    def staged_init(self) -> None:
+        t = self.text
+        self.imports.add("from runtime.pipeline import Executor")
+        if self.plan.interleave == 1:
+            t.line("stages = [mesh.pipeline.rank]")
+        else:
+            t.line(
+                f"stages = range(mesh.pipeline.rank, {len(self.plan.stages)}, mesh.pipeline.size)"
+            )
+        t.line("models = {stage: Model(mesh, stage) for stage in stages}")
+        self.data_moves()
+        t.line(f"gradients = {{stage: {self.wrapper('m')} for stage, m in models.items()}}")
+        with t.block("for model in models.values():"):
+            t.line("initialise(model, mesh, seed=SEED)")
+        t.line("self.models = list(models.values())")
+        shape, kind = self.boundary()
+        tied = self.tied()
+        if tied:
+            self.imports.add("from runtime.pipeline import TiedWeights")
+        more = f", tied={tied}" if tied else ""
+        t.line(
+            "self.executor = Executor(stages=models, gradients=gradients, actions=ACTIONS, "
+            f"mesh=mesh, microbatches=MICROBATCHES, boundary=({shape}, {kind}){more})"
+        )
+
+    def staged_step(self) -> None:
+        t = self.text
+        with t.block("def step(self, batch: Batch) -> Tensor:"):
+            t.line('"""Gradients of one batch, summed over all processes; this process\'s loss."""')
+            t.line("return self.executor.step(batch)")
+        t.blank()
+        with t.block("def evaluate(self, batch: Batch) -> Tensor:"):
+            t.line('"""This process\'s part of the batch\'s mean loss, no gradients."""')
+            t.line("return self.executor.evaluate(batch)")
+        t.blank()
+        with t.block("def clip(self, max_norm: float | None) -> Tensor:"):
+            t.line('"""The norm of all gradients before clipping."""')
+            t.line("own = [p for model in self.models for p in model.parameters()]")
+            t.line("copies = self.executor.copies()")
+            t.line("return clip_(own, self.mesh, max_norm, counted_elsewhere=copies)")
+
+    # -- main
+
+    def call_text(self, module: str, call: Call, skip: tuple[str, ...] = (), lead: str = "") -> str:
+        parts = [lead] if lead else []
+        parts += [
+            f"{name}={literal(value)}"  # type: ignore[arg-type]
+            for name, value in call.options
+            if name not in skip and value is not None
+        ]
+        return f"{module}.{call.name}({', '.join(parts)})"
+
+    def dataset(self, call: Call) -> str:
+        sizes = "sequence_length=SEQUENCE, vocab=VOCABULARY, seed=SEED"
+        lead = ""
+        if call.arguments:
+            one = call.arguments[0] if len(call.arguments) == 1 else call.arguments
+            lead = literal(one) + ", "
+        return self.call_text("batches", call, lead=lead + sizes)
+
+    def main(self) -> None:
+        t, train = self.text, self.train
+        m = self.plan.mesh
+        sizes = {"pipeline": m.pipeline, "replicas": m.replicas, "shards": m.shards}
+        sizes |= {"tensor": m.tensor}
+        axes = ", ".join(f"{k}={v}" for k, v in sizes.items() if v > 1)
+        clip = train.optimizer.option("clip")
+        t.line("@record  # torchrun shows the first failure of any process")
+        with t.block("def main() -> None:"):
+            t.line(f"mesh = start({axes})")
+            t.line("trainer = Trainer(mesh)")
+            optimizer = self.call_text("optimizers", train.optimizer, ("clip",), "trainer.models")
+            t.line(f"optimizer = {optimizer}")
+            phases = [self.call_text("learning_rate", p) for p in train.learning_rate]
+            peak = literal(train.optimizer.option("lr"))  # type: ignore[arg-type]
+            t.line(f"rate = learning_rate.schedule({', '.join([peak, 'STEPS', *phases])})")
+            t.line(f"data = {self.dataset(train.dataset)}")
+            if train.validate:
+                held_out = train.validate.option("dataset")
+                t.line(f"held_out = {self.dataset(held_out)}")  # type: ignore[arg-type]
+            self.loop(literal(clip))  # type: ignore[arg-type]
+
+    def loop(self, clip: str) -> None:
+        t, train = self.text, self.train
+        keep = train.checkpoint.option("keep") if train.checkpoint else 1
+        t.line(f'checkpoints = Checkpoints(str(FOLDER / "checkpoints"), mesh, keep={keep})')
+        t.line("resumed = checkpoints.restore(trainer.models, optimizer)")
+        t.line('first = resumed["step"] if resumed else 0')
+        peak = ", peak_flops=PEAK_FLOPS" if self.peak() else ""
+        t.line(
+            'metrics = Metrics(str(FOLDER / "log.jsonl"), mesh, steps=STEPS, first=first, '
+            f"every={train.log.steps}, tokens_per_step=BATCH * SEQUENCE, "
+            f"flops_per_token=FLOPS_PER_TOKEN{peak})"
+        )
+        with t.block("if first:"):
+            t.line('metrics.say(f"resumed after step {first} of {STEPS}")')
+        with (
+            t.block("with Interrupts() as interrupts:"),
+            t.block("for step in range(first, STEPS):"),
+        ):
+            self.one_step(clip)
+        t.line("checkpoints.wait()")
+        t.line("metrics.close()")
+        t.line("mesh.close()")
+
+    def one_step(self, clip: str) -> None:
+        t, train = self.text, self.train
+        t.line("optimizers.set_learning_rate(optimizer, rate(step))")
+        t.line("loss = trainer.step(data.batch(step, BATCH, mesh))")
+        t.line(f"norm = trainer.clip({clip})")
+        t.line("optimizer.step()")
+        t.line("done = step + 1")
+        t.line("stop = metrics.step(done, loss, norm, rate(step), stop=interrupts.asked)")
+        if train.validate:
+            count = train.validate.option("batches")
+            with t.block(f"if done % {train.validate.steps} == 0 or done == STEPS:"):
+                t.line(f"held = (held_out.batch(i, BATCH, mesh) for i in range({count}))")
+                t.line("total = sum(reduce_loss(trainer.evaluate(batch), mesh) for batch in held)")
+                t.line(f"metrics.validation(done, total / {count})")
+        every = f"done % {train.checkpoint.steps} == 0 or " if train.checkpoint else ""
+        with t.block(f"if stop or {every}done == STEPS:"):
+            t.line("metrics.flush()")
+            t.line("checkpoints.save(done, trainer.models, optimizer)")
+        with t.block("if stop:"):
+            t.line('metrics.say(f"stopped after step {done}; start again to go on from there")')
+            t.line("break")
+
+    def peak(self) -> float | None:
+        """Peak operations per second of one device, in the type that products run in."""
+        peaks = self.program.cluster.device.peak_flops
+        return peaks.get(self.precision) or peaks.get("fp32")
+
+    # -- the file
+
+    def print(self) -> str:
+        self.trainer()
+        self.text.blank(2)
+        self.main()
+        body = self.text
+        self.text = Text()
+        self.head()
+        self.constants()
+        self.text.blank(2)
+        tail = ["", "", 'if __name__ == "__main__":', "    main()"]
+        source = self.text.render() + body.render() + "\n".join(tail) + "\n"
+        return formatted(source, "train.py")
+
+    def head(self) -> None:
+        t = self.text
+        lines = Header(self.plan, quoted(self.plan.spec)).lines()
+        t.line('"""' + lines[0])
+        for line in lines[1:]:
+            t.line(line)
+        t.line('"""')
+        t.blank()
+        t.line("from pathlib import Path")
+        t.line("from torch.distributed.elastic.multiprocessing.errors import record")
+        t.blank()
+        t.line("import torch")
+        t.line("from torch import Tensor")
+        t.blank()
+        t.line("from model import Model")
+        t.line("from runtime import batches, learning_rate, optimizers")
+        t.line("from runtime.batches import Batch")
+        t.line("from runtime.checkpoint import Checkpoints")
+        t.line("from runtime.clip import clip_")
+        t.line("from runtime.interrupts import Interrupts")
+        t.line("from runtime.metrics import Metrics, reduce_loss")
+        t.line("from runtime.initialise import initialise")
+        t.line("from runtime.mesh import Mesh, start")
+        for line in sorted(self.imports):
+            t.line(line)
+        t.blank()
+
+
+def print_train(program: Program, lowered: Lowered, *, model_flops_per_token: float) -> str:
+    """train.py of the lowered program."""
+    return TrainPrinter(program, lowered, model_flops_per_token).print()

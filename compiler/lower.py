@@ -1,0 +1,44 @@
+"""From a model's graph and a plan to the lowered units that emission prints: the ordered passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmspec.compiler.errors import InternalError
+from llmspec.compiler.graph import Instance, ModelGraph, Unit
+from llmspec.compiler.passes.shard import shard_unit, whole_placement
+from llmspec.compiler.plan import Plan, UnitPlacement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lowered:
+    """One rank's program, before it is printed.
+
+    units: local graphs by unit name. whole: the graph they came from.
+    """
+
+    plan: Plan
+    whole: ModelGraph
+    units: dict[str, Unit]
+    placements: dict[str, UnitPlacement]
+
+    def blocks(self) -> tuple[Instance, ...]:
+        """The chain without its first and last unit."""
+        return self.whole.instances[1:-1]
+
+
+def lower(graph: ModelGraph, plan: Plan) -> Lowered:
+    """Apply the passes in order: shard over the tensor axis; stages and recomputation are the
+    plan's.
+
+    Errors: InternalError when plan and graph do not belong together.
+    """
+    if plan.stages[0][0] != 0 or plan.stages[-1][1] != len(graph.instances):
+        raise InternalError("the plan's stages do not cover the model")
+    ranks = plan.mesh.tensor
+    placements = {
+        name: plan.placements[name] if ranks > 1 else whole_placement(unit)
+        for name, unit in graph.units.items()
+    }
+    units = {name: shard_unit(unit, placements[name], ranks) for name, unit in graph.units.items()}
+    return Lowered(plan=plan, whole=graph, units=units, placements=placements)

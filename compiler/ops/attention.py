@@ -1,0 +1,154 @@
+"""Attention and rotary positions, on tensors laid out [sequences, tokens, heads, head size]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, fx
+
+from llmspec.compiler.ops.registry import (
+    Entry,
+    Localised,
+    Printed,
+    Rule,
+    Saved,
+    Shapes,
+    index_rule,
+    numel,
+    register,
+    shape_of,
+)
+
+
+def rotary(x: Tensor, base: float) -> Tensor:
+    """Rotate halves of the head size by position: x [B, T, H, E] -> the same shape.
+
+    Source: Su et al. 2021 (RoFormer), in the half-split layout of Llama.
+    """
+    size = x.shape[-1]
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    steps = torch.arange(0, size, 2, device=x.device, dtype=kind) / size
+    angles = torch.outer(torch.arange(x.shape[1], device=x.device, dtype=kind), base**-steps)
+    cos, sin = (torch.cat([f, f], -1)[:, None] for f in (angles.cos(), angles.sin()))
+    low, high = x.chunk(2, -1)
+    turned = torch.cat([-high, low], -1)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+def mask(tokens: int, keys: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    """True where query token t may look at key s: [T, S]."""
+    t = torch.arange(tokens, device=device)[:, None] + (keys - tokens)
+    s = torch.arange(keys, device=device)[None]
+    seen = torch.ones(tokens, keys, dtype=torch.bool, device=device)
+    if causal:
+        seen = seen & (s <= t)
+    if window is not None:
+        seen = seen & (t - s < window) & (s - t < window)
+    return seen
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, explicit: bool
+) -> Tensor:
+    """q [B, T, H, E], k and v [B, S, K, E] with K dividing H -> [B, T, H, E]. Scaled by 1/sqrt(E).
+
+    `explicit` asks the emitted program to write the square out; the meaning is the same.
+    """
+    groups = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(groups, 2).transpose(1, 2) for x in (k, v))
+    scores = q.transpose(1, 2) @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    seen = mask(q.shape[1], k.shape[2], causal, window, q.device)
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    weights = wide.masked_fill(~seen, float("-inf")).softmax(-1).to(q.dtype)
+    return (weights @ v).transpose(1, 2)
+
+
+def _attention_rule(node: fx.Node) -> Rule:
+    (b, t, h, e), (_, s, k, _), _v = (shape_of(a) for a in node.args[:3])  # type: ignore[arg-type]
+    sizes = {"b": b, "t": t, "s": s, "k": k, "g": h // k, "e": e}
+    return index_rule(
+        "b t (k g) e, b s k e, b s k e -> b t (k g) e",
+        sizes,
+        whole=frozenset("btse"),
+        linear=((2,),),
+    )
+
+
+def _attention_flops(node: fx.Node, shapes: Shapes) -> float:
+    b, t, h, e = shapes.operands[0]
+    full = 4.0 * b * t * shapes.operands[1][1] * h * e
+    return full if node.args[5] else full * seen_share(node, shapes)
+
+
+def seen_share(node: fx.Node, shapes: Shapes) -> float:
+    """The share of the square that is looked at: one half when causal (by convention), a band
+    with a window.
+    """
+    t, s = shapes.operands[0][1], shapes.operands[1][1]
+    causal, window = node.args[3], cast(int | None, node.args[4])
+    share = 0.5 if causal else 1.0
+    if window is not None and window < s:
+        band = min(1.0, window / s) * (1.0 if causal else 2.0)
+        share = min(share, band if t > 1 else 1.0)
+    return share
+
+
+def _model_flops(node: fx.Node, shapes: Shapes) -> float:
+    b, t, h, e = shapes.operands[0]
+    return 4.0 * b * t * shapes.operands[1][1] * h * e * seen_share(node, shapes)
+
+
+def _attention_saved(node: fx.Node, shapes: Shapes) -> Saved:
+    b, t, h, _ = shapes.operands[0]
+    if not node.args[5]:
+        return Saved(operands=(0, 1, 2), result=True, extra_bytes=4 * b * t * h)
+    square = b * h * t * shapes.operands[1][1]
+    return Saved(operands=(0, 1, 2), extra_bytes=6 * square)
+
+
+def _render_attention(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
+    _q, _k, _v, causal, window, explicit = node.args
+    name = "explicit_attention" if explicit else "attention"
+    options = ", causal=True" if causal else ", causal=False"
+    options += f", window={window}" if window is not None else ""
+    return Printed(f"{name}({', '.join(args[:3])}{options})", (("runtime.attention", name),))
+
+
+register(
+    Entry(
+        name="attention",
+        function=attention,
+        rule=_attention_rule,
+        flops=_attention_flops,
+        saved=_attention_saved,
+        render=_render_attention,
+        contraction=True,
+        # five products for the forward's two: the scores again (Dao 2023, FlashAttention-2, 3.2)
+        backward_factor=2.5,
+        model_flops=_model_flops,
+    )
+)
+
+
+def _rotary_rule(node: fx.Node) -> Rule:
+    b, t, h, e = shape_of(node)
+    sizes = {"b": b, "t": t, "h": h, "e": e}
+    return index_rule("b t h e -> b t h e", sizes, whole=frozenset("bte"), linear=((0,),))
+
+
+def _render_rotary(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
+    return Printed(f"rotary({args[0]}, {args[1]})", (("runtime.rotary", "rotary"),))
+
+
+register(
+    Entry(
+        name="rotary",
+        function=rotary,
+        rule=_rotary_rule,
+        flops=lambda node, shapes: 6.0 * numel(shapes.result),
+        saved=lambda node, shapes: Saved(),
+        render=_render_rotary,
+    )
+)

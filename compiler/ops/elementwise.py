@@ -1,0 +1,167 @@
+"""Element-wise operators, with NumPy's broadcasting: arithmetic and the activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from llmspec.compiler.ops.registry import (
+    Entry,
+    Factors,
+    Localised,
+    Printed,
+    Rule,
+    Saved,
+    Shape,
+    letters,
+    numel,
+    register,
+    shape_of,
+    tensor_operands,
+)
+
+
+def add(a: Tensor, b: Tensor | float) -> Tensor:
+    return a + b
+
+
+def subtract(a: Tensor | float, b: Tensor | float) -> Tensor:
+    return a - b  # type: ignore[return-value]
+
+
+def multiply(a: Tensor, b: Tensor | float) -> Tensor:
+    return a * b
+
+
+def divide(a: Tensor | float, b: Tensor | float) -> Tensor:
+    return a / b  # type: ignore[return-value]
+
+
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def relu(x: Tensor) -> Tensor:
+    return F.relu(x)
+
+
+def silu(x: Tensor) -> Tensor:
+    return F.silu(x)
+
+
+def tanh(x: Tensor) -> Tensor:
+    return torch.tanh(x)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return torch.sigmoid(x)
+
+
+def broadcast_dims(shape: Shape, rank: int, names: Sequence[str]) -> tuple[Factors, ...]:
+    """The factors of an operand of a broadcast: aligned right, nothing where it is repeated."""
+    own = names[rank - len(shape) :]
+    return tuple((n,) if size > 1 else ("one",) for n, size in zip(own, shape, strict=True))
+
+
+def elementwise_rule(node: fx.Node, linear: tuple[tuple[int, ...], ...] = ()) -> Rule:
+    """Every dimension may be split but the first (sequences: the data axes' own)."""
+    result = shape_of(node)
+    names = letters(len(result))
+    operands = tuple(broadcast_dims(shape_of(o), len(result), names) for o in tensor_operands(node))
+    return Rule(
+        operands=operands,
+        result=tuple((n,) for n in names),
+        sizes=dict(zip(names, result, strict=True)),
+        whole=frozenset(names[:1] if len(names) > 1 else ()),
+        uneven=frozenset(names[-1:]),
+        linear=linear,
+    )
+
+
+def _both(node: fx.Node) -> tuple[tuple[int, ...], ...]:
+    return (tuple(range(len(tensor_operands(node)))),)
+
+
+def _each(node: fx.Node) -> tuple[tuple[int, ...], ...]:
+    return tuple((i,) for i in range(len(tensor_operands(node))))
+
+
+def _numerator(node: fx.Node) -> tuple[tuple[int, ...], ...]:
+    return ((0,),) if isinstance(node.args[0], fx.Node) else ()
+
+
+def _additive(node: fx.Node) -> tuple[tuple[int, ...], ...]:
+    """Adding a number is not linear: each rank would add it."""
+    return _both(node) if all(isinstance(a, fx.Node) for a in node.args) else ()
+
+
+def _product_saves(node: fx.Node, _: Any) -> Saved:
+    return Saved(operands=(0, 1)) if len(tensor_operands(node)) == 2 else Saved()
+
+
+def _arithmetic(
+    name: str,
+    function: Callable[..., Any],
+    sign: str,
+    linear: Callable[[fx.Node], tuple[tuple[int, ...], ...]],
+    saved: Callable[[fx.Node, Any], Saved],
+) -> None:
+    def render(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
+        return Printed(f"{args[0]} {sign} {args[1]}")
+
+    register(
+        Entry(
+            name=name,
+            function=function,
+            rule=lambda node: elementwise_rule(node, linear(node)),
+            flops=lambda node, shapes: float(numel(shapes.result)),
+            saved=saved,
+            render=render,
+        )
+    )
+
+
+def _nothing(node: fx.Node, _: Any) -> Saved:
+    return Saved()
+
+
+_arithmetic("add", add, "+", _additive, _nothing)
+_arithmetic("subtract", subtract, "-", _additive, _nothing)
+_arithmetic("multiply", multiply, "*", _each, _product_saves)
+_arithmetic("divide", divide, "/", _numerator, _product_saves)
+
+
+def _activation(
+    function: Callable[[Tensor], Tensor], text: str, operations: int, keeps_result: bool
+) -> None:
+    def render(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
+        return Printed(text.format(args[0]))
+
+    saved = Saved(result=True) if keeps_result else Saved(operands=(0,))
+    register(
+        Entry(
+            name=function.__name__,
+            function=function,
+            rule=elementwise_rule,
+            flops=lambda node, shapes: float(operations * numel(shapes.result)),
+            saved=lambda node, shapes: saved,
+            render=render,
+        )
+    )
+
+
+_activation(gelu, "F.gelu({})", 8, keeps_result=False)
+_activation(gelu_tanh, 'F.gelu({}, approximate="tanh")', 8, keeps_result=False)
+_activation(relu, "F.relu({})", 1, keeps_result=True)
+_activation(silu, "F.silu({})", 4, keeps_result=False)
+_activation(tanh, "torch.tanh({})", 4, keeps_result=True)
+_activation(sigmoid, "torch.sigmoid({})", 4, keeps_result=True)
+ACTIVATIONS = {f.__name__: f for f in (gelu, gelu_tanh, relu, silu, tanh, sigmoid)}

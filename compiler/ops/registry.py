@@ -1,0 +1,278 @@
+"""The operator registry: what the compiler must know of an operator of the dialect, in one entry
+each.
+
+An entry is complete or it is not accepted: `register` refuses one that lacks its placement rule,
+    its
+operation count, what autograd saves, or how it is printed, and names what is missing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from llmspec.compiler.placement import (
+    PARTIAL,
+    SHADOW,
+    WHOLE,
+    Split,
+    State,
+)
+
+Shape = tuple[int, ...]
+Factors = tuple[str, ...]
+
+
+# --------------------------------------------------------------------------------------------------
+# Placement rules
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """An operator as an index expression over factors, for one node with its shapes.
+
+    operands, result: per dimension, the factors it is made of, major first: a fused dimension of
+        heads ×
+        head size is `("h", "e")`. Only a dimension's major factor can be split.
+    sizes: of each factor.
+    whole: factors that every rank needs whole (a norm's width, attention's tokens).
+    uneven: factors that may be split into chunks of different size.
+    linear: groups of operands in which the operator is jointly linear, so that partial sums pass
+        through.
+    completed: contracted factors over which the local operator sums by itself (a sharded loss); its
+        result is whole then, not partial.
+    integer: operands without a gradient (token ids).
+    """
+
+    operands: tuple[tuple[Factors, ...], ...]
+    result: tuple[Factors, ...]
+    sizes: dict[str, int]
+    whole: frozenset[str] = frozenset()
+    uneven: frozenset[str] = frozenset()
+    linear: tuple[tuple[int, ...], ...] = ()
+    completed: frozenset[str] = frozenset()
+    integer: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One legal placement of one node on one axis. `name` is what a plan file says."""
+
+    name: str
+    operands: tuple[State, ...]
+    result: State
+
+    @property
+    def factor(self) -> str | None:
+        return self.name.removeprefix("split ") if self.name.startswith("split ") else None
+
+
+def _find(dims: tuple[Factors, ...], factor: str) -> int | None:
+    """The dimension whose major factor is `factor`; -1 when it stands inside one; None when
+    absent.
+    """
+    for i, factors in enumerate(dims):
+        if factor in factors:
+            return i if factors[0] == factor else -1
+    return None
+
+
+def _split_choice(rule: Rule, factor: str) -> Choice | None:
+    places = [_find(dims, factor) for dims in rule.operands]
+    target = _find(rule.result, factor)
+    if -1 in places or target == -1 or all(p is None for p in places):
+        return None
+    absent = [WHOLE if i in rule.integer else SHADOW for i in range(len(places))]
+    operands = tuple(a if p is None else Split(p) for p, a in zip(places, absent, strict=True))
+    if target is not None:
+        return Choice(f"split {factor}", operands, Split(target))
+    return Choice(f"split {factor}", operands, WHOLE if factor in rule.completed else PARTIAL)
+
+
+def choices(rule: Rule, ranks: int) -> tuple[Choice, ...]:
+    """Every legal placement of an operator with this rule on an axis of `ranks`."""
+    count = len(rule.operands)
+
+    def all_in(state: State) -> tuple[State, ...]:
+        return tuple(WHOLE if i in rule.integer else state for i in range(count))
+
+    found = [Choice("whole", all_in(WHOLE), WHOLE), Choice("shadow", all_in(SHADOW), SHADOW)]
+    for factor, size in rule.sizes.items():
+        fits = size % ranks == 0 or (factor in rule.uneven and size >= ranks)
+        if factor not in rule.whole and fits and size > 1 and (c := _split_choice(rule, factor)):
+            found.append(c)
+    for i, group in enumerate(rule.linear):
+        operands = tuple(
+            PARTIAL if k in group else WHOLE if k in rule.integer else SHADOW for k in range(count)
+        )
+        found.append(Choice(f"partial {i}" if i else "partial", operands, PARTIAL))
+    return tuple(found)
+
+
+# --------------------------------------------------------------------------------------------------
+# Entries
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """What a cost sees of one node: shapes on one rank, of the tensor operands in order and of
+    the result.
+    """
+
+    operands: tuple[Shape, ...]
+    result: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What autograd keeps of one node until its backward.
+
+    operands, result: which values are kept as they are (a value kept twice counts once).
+    extra_elements, extra_bytes: kept besides (statistics in float32, a mask in bytes).
+    """
+
+    operands: tuple[int, ...] = ()
+    result: bool = False
+    extra_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Printed:
+    """How a node is printed: an expression, and the names that the emitted module must import.
+
+    imports: (module, name) pairs; module "" is torch itself (`F` and `torch` are always there).
+    """
+
+    text: str
+    imports: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One operator of the dialect.
+
+    function: its meaning in plain PyTorch on whole tensors: the fx target, and the reference.
+    rule: placement rule of a node (shapes are in `node.meta["shape"]`).
+    flops: floating-point operations of the forward pass, a multiply-add counted as two; the
+        backward
+        of a contraction is twice that (`backward_flops`), of anything else once.
+    saved: what autograd keeps.
+    render: the printed call. It gets the names of the node's arguments, already rendered, and the
+        choice.
+    contraction: True for what runs on matrix units.
+    alias: the result shares its operand's storage.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    rule: Callable[[fx.Node], Rule]
+    flops: Callable[[fx.Node, Shapes], float]
+    saved: Callable[[fx.Node, Shapes], Saved]
+    render: Callable[[fx.Node, Sequence[str], Localised], Printed]
+    contraction: bool = False
+    backward_factor: float = 2.0
+    """Of a contraction: what the backward executes for each operation of the forward."""
+    alias: bool = False
+    model_flops: Callable[[fx.Node, Shapes], float] | None = None
+    """What `model_flops` counts where that differs from what is executed (causal attention's
+    half).
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Localised:
+    """How one node was placed on the tensor axis, for printing.
+
+    factor: the split factor, or None. axis: the expression of the mesh axis (`self.tensor`).
+    whole: the node's shapes before placing, operands then result.
+    """
+
+    factor: str | None = None
+    axis: str = "self.tensor"
+    whole_operands: tuple[Shape, ...] = ()
+    whole_result: Shape = ()
+
+
+REGISTRY: dict[Callable[..., Any], Entry] = {}
+BY_NAME: dict[str, Entry] = {}
+
+
+def register(entry: Entry) -> Entry:
+    """Add an operator.
+
+    Errors: ValueError when a part is missing or the name is taken.
+    """
+    for part in ("function", "rule", "flops", "saved", "render"):
+        if getattr(entry, part) is None:
+            raise ValueError(f"operator {entry.name} has no {part}")
+    if entry.name in BY_NAME:
+        raise ValueError(f"operator {entry.name} is registered twice")
+    REGISTRY[entry.function] = BY_NAME[entry.name] = entry
+    return entry
+
+
+def entry_of(node: fx.Node) -> Entry:
+    return REGISTRY[node.target]  # type: ignore[index]
+
+
+def tensor_operands(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The node's tensor operands in order (all its input nodes: scalars are plain Python
+    values).
+    """
+    return tuple(a for a in node.args if isinstance(a, fx.Node))
+
+
+def shape_of(node: fx.Node) -> Shape:
+    return node.meta["shape"]
+
+
+def shapes_of(node: fx.Node) -> Shapes:
+    return Shapes(tuple(shape_of(o) for o in tensor_operands(node)), shape_of(node))
+
+
+def numel(shape: Shape) -> int:
+    return math.prod(shape)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pieces that many entries share
+
+
+@dataclass(frozen=True, slots=True)
+class Letters:
+    """Builds rules from letters: one letter a factor, a dimension of several in brackets: `"b t
+    (k g) e"`.
+    """
+
+    text: str
+    dims: tuple[Factors, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        out: list[Factors] = []
+        group: list[str] | None = None
+        for token in self.text.replace("(", " ( ").replace(")", " ) ").split():
+            if token == "(":
+                group = []
+            elif token == ")":
+                out.append(tuple(group or ()))
+                group = None
+            elif group is not None:
+                group.append(token)
+            else:
+                out.append((token,))
+        object.__setattr__(self, "dims", tuple(out))
+
+
+def index_rule(expression: str, sizes: dict[str, int], **more: Any) -> Rule:
+    """A rule from `"b t i, o i -> b t o"`."""
+    left, _, right = expression.partition("->")
+    operands = tuple(Letters(part).dims for part in left.split(","))
+    return Rule(operands=operands, result=Letters(right).dims, sizes=sizes, **more)
+
+
+def letters(count: int, skip: str = "") -> list[str]:
+    return [c for c in "abcdefghijklmnopqrsuvwxyz" if c not in skip][:count]

@@ -1,0 +1,112 @@
+"""The plan: every decision between a checked spec and an emitted program, and its predictions.
+
+A frozen value that round-trips through JSON. Search writes it; emission reads nothing else but the
+program and it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeshSizes:
+    """Ranks along each axis. Outer to inner: pipeline, replicas, shards, context, tensor."""
+
+    pipeline: int = 1
+    replicas: int = 1
+    shards: int = 1
+    context: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    @property
+    def data(self) -> int:
+        return self.replicas * self.shards
+
+    @property
+    def world_size(self) -> int:
+        return self.pipeline * self.data * self.context * self.tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitPlacement:
+    """How one unit is split over the tensor axis.
+
+    boundary: state of the value that flows in and out ("whole" or "split 1").
+    nodes: choice of each operator by node name; parameters: state of each by path.
+    """
+
+    boundary_in: str = "whole"
+    boundary_out: str = "whole"
+    nodes: dict[str, str] = field(default_factory=dict)
+    parameters: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All decisions.
+
+    stages: (first, stop) instances of the chain; stage s runs on pipeline rank s % pipeline.
+    recompute: unit name -> "none" or "full". actions: per pipeline rank, empty without a pipeline.
+    predicted: the ledger, as docs/json.md has it.
+    """
+
+    spec: str
+    spec_hash: str
+    model: str
+    train: str
+    mesh: MeshSizes
+    zero: int
+    sequence: bool
+    microbatch: int
+    microbatches: int
+    schedule: str
+    stages: tuple[tuple[int, int], ...]
+    recompute: dict[str, str]
+    kernels: str = "eager"
+    placements: dict[str, UnitPlacement] = field(default_factory=dict)
+    actions: tuple[tuple[str, ...], ...] = ()
+    predicted: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    @property
+    def interleave(self) -> int:
+        return len(self.stages) // self.mesh.pipeline
+
+    def decisions(self) -> dict[str, Any]:
+        """Everything but the predictions: what makes two plans the same program."""
+        out = asdict(self)
+        del out["predicted"]
+        return out
+
+    @property
+    def plan_hash(self) -> str:
+        text = json.dumps(self.decisions(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
+def to_json(plan: Plan) -> str:
+    return json.dumps(asdict(plan), indent=1, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> Plan:
+    """Errors: ValueError when it is not a plan of this schema."""
+    data = json.loads(text)
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise ValueError(f"not a plan of schema {SCHEMA}")
+    try:
+        data["mesh"] = MeshSizes(**data["mesh"])
+        data["placements"] = {k: UnitPlacement(**v) for k, v in data["placements"].items()}
+        data["stages"] = tuple((int(a), int(b)) for a, b in data["stages"])
+        data["actions"] = tuple(tuple(row) for row in data["actions"])
+        return Plan(**data)
+    except KeyError as error:
+        raise ValueError(f"it has no {error}") from None
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"not a plan: {error}") from None

@@ -1,0 +1,269 @@
+"""The text and the JSON object of `llmspec plan`: they say the same, for one feeds the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmspec.compiler.plan import Plan
+from llmspec.compiler.search.explain import seconds
+from llmspec.compiler.search.search import Found, Infeasible
+from llmspec.dsl import Diagnostic
+
+GiB = 2**30
+MiB = 2**20
+SHORT = {"parameters": "weights"}
+COMMUNICATION = ("tensor", "context", "expert", "data", "pipeline_transfer", "offload")
+
+BLOCK_KEYS = (
+    "data",
+    "shard",
+    "zero",
+    "tensor",
+    "sequence",
+    "pipeline",
+    "schedule",
+    "stages",
+    "microbatch",
+    "recompute",
+)
+"""Keys of the `plan` block that the search decides, in the language reference's order."""
+
+Face = dict[str, Any]
+
+
+def face(found: Found | Infeasible) -> Face:
+    """The object of --json; its schema is in docs/search.md."""
+    if isinstance(found, Infeasible):
+        return _infeasible_face(found)
+    predicted = found.plan.predicted
+    return {
+        "schema": 1,
+        "model": predicted["model"],
+        "plan": predicted["plan"] | {"hash": found.plan.plan_hash},
+        "predicted": predicted["predicted"],
+        "search": predicted["search"] | {"seconds": found.seconds},
+        "infeasible": None,
+        "runners_up": [
+            {"plan": words, "step_time_s": step, "peak_memory_bytes": peak}
+            for words, step, peak in found.runners_up
+        ],
+        "lost": [
+            {
+                "key": lost.family[0],
+                "value": lost.family[1],
+                "excess_bytes": lost.excess_bytes,
+                "slower": lost.slower,
+                "term": lost.term,
+                "text": lost.text,
+            }
+            for lost in found.lost
+        ],
+        "placed": list(found.placed),
+    }
+
+
+def _infeasible_face(found: Infeasible) -> Face:
+    return {
+        "schema": 1,
+        "model": found.model,
+        "plan": None,
+        "predicted": None,
+        "search": {
+            "plans_considered": found.considered,
+            "plans_that_fit": 0,
+            "seconds": found.seconds,
+        },
+        "infeasible": {
+            "best": found.decisions,
+            "peak_memory_bytes": found.ledger.total,
+            "memory_bytes": found.ledger.parts(),
+            "budget_bytes": found.budget_bytes,
+            "missing_bytes": found.missing_bytes,
+            "ways_out": [{"key": way.key, "text": way.text} for way in found.ways_out],
+        },
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# For people
+
+
+def render_plan(plan: Plan) -> str:
+    """Headline, memory, step, and the plan as a block that can be pasted into a spec."""
+    return "\n".join([*_headline(plan), "", *plan_block(plan)])
+
+
+def render_found(found: Found) -> str:
+    """The plan, how its blocks are split, the runners-up, and why each family lost."""
+    lines = [render_plan(found.plan)]
+    if found.placed:
+        lines += ["", "Over the tensor ranks:", *(f"  {line}" for line in found.placed)]
+    others = found.runners_up[1:]
+    if others:
+        lines += ["", "Next best:"]
+        lines += [
+            f"  {seconds(step):>10} predicted  {peak / GiB:6.1f} GiB  {words}"
+            for words, step, peak in others
+        ]
+    if found.lost:
+        lines += ["", "Why the others lost, each at its best:"]
+        width = max(len(" ".join(lost.family)) for lost in found.lost)
+        lines += [f"  {' '.join(lost.family):<{width}}  {lost.text}" for lost in found.lost]
+    return "\n".join(lines)
+
+
+def _headline(plan: Plan) -> list[str]:
+    predicted, cluster = plan.predicted["predicted"], plan.predicted["cluster"]
+    where = f"{cluster['devices']} x {cluster['device']}"
+    lines = [f"Plan {plan.plan_hash}: {plan.model} on {where}, {mesh_words(plan)}"]
+    peak, budget = predicted["peak_memory_bytes"], cluster["memory_budget_bytes"]
+    unit, name = (GiB, "GiB") if peak >= 4 * GiB else (MiB, "MiB")
+    parts = ledger_words(predicted["memory_bytes"], unit)
+    lines.append(
+        f"  memory  {_size(peak, unit)} of {_size(budget, unit)} {name} predicted   {parts}"
+    )
+    lines.append(
+        f"  step    {seconds(predicted['step_time_s'])} predicted   {time_words(predicted)}"
+    )
+    speed = predicted["tokens_per_s"]
+    lines.append(
+        f"  speed   {speed:,.0f} tokens/s predicted   {100 * predicted['mfu']:.1f} % of peak"
+    )
+    run = predicted["run"]
+    if run["days"] is not None:
+        cost = "" if run["cost"] is None else f"   cost {run['cost']:,.0f}"
+        lines.append(
+            f"  run     {run['steps']:,} steps, {duration(run['days'] * 86400)} predicted{cost}"
+        )
+    return lines
+
+
+def ledger_words(parts: dict[str, int], unit: int) -> str:
+    return "  ".join(f"{SHORT.get(k, k)} {_size(v, unit)}" for k, v in parts.items())
+
+
+def _size(size_bytes: int, unit: int) -> str:
+    return f"{size_bytes / unit:,.1f}" if unit == GiB else f"{size_bytes / unit:,.0f}"
+
+
+def duration(total_s: float) -> str:
+    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if total_s >= 2 * size:
+            return f"{total_s / size:.1f} {name}"
+    return f"{total_s:.1f} s"
+
+
+def time_words(predicted: Face) -> str:
+    times = predicted["time_s"]
+    parts = {
+        "compute": times["compute"],
+        "exposed communication": sum(times[k] for k in COMMUNICATION),
+        "pipeline bubble": times["pipeline_bubble"],
+        "optimizer": times["optimizer"],
+    }
+    return "  ".join(f"{name} {seconds(value)}" for name, value in parts.items() if value)
+
+
+def mesh_words(plan: Plan) -> str:
+    mesh = plan.mesh
+    words = [f"data {mesh.data}", f"zero {plan.zero}"]
+    if mesh.tensor > 1:
+        words.append(f"tensor {mesh.tensor}")
+    if mesh.pipeline > 1:
+        words.append(f"pipeline {mesh.pipeline}")
+    return ", ".join(words)
+
+
+def plan_block(plan: Plan) -> list[str]:
+    """`plan { … }` with every decision that the language can say."""
+    decided = plan.predicted["plan"]
+    rows = []
+    for key in BLOCK_KEYS:
+        value = _block_value(plan, key, decided[key])
+        if value is not None:
+            rows.append((key, value))
+    width = max(len(key) for key, _ in rows)
+    return ["plan {", *(f"    {key:<{width}} = {value}" for key, value in rows), "}"]
+
+
+def _block_value(plan: Plan, key: str, value: Any) -> str | None:
+    """None for what follows from the rest, or has no word in the language."""
+    match key:
+        case "shard" if plan.zero == 0:
+            return None
+        case "sequence" if plan.mesh.tensor == 1:
+            return None
+        case "schedule" | "stages" if plan.mesh.pipeline == 1:
+            return None
+        case "stages":
+            return f"[{', '.join(map(str, value))}]"
+        case "recompute" if len(_policies(plan)) > 1:
+            return None
+    return str(value)
+
+
+def _policies(plan: Plan) -> set[str]:
+    """Of the units that may be recomputed: all but the chain's ends, where there are others."""
+    names = list(plan.recompute)
+    return {plan.recompute[name] for name in names[1:-1]}
+
+
+def infeasible_fault(found: Infeasible) -> Diagnostic:
+    """What is missing, the smallest plan's ledger, the ways out."""
+    needed, budget = found.ledger.total / GiB, found.budget_bytes / GiB
+    parts = ledger_words(found.ledger.parts(), GiB)
+    return Diagnostic(
+        code="E0412",
+        message="no plan fits the memory budget",
+        span=found.span,
+        label=f"the smallest plan needs {needed:.1f} GiB",
+        notes=(
+            f"{found.missing_bytes / GiB:.1f} GiB are missing of {budget:.1f}: {found.best}",
+            f"at its peak, GiB: {parts}",
+        ),
+        helps=tuple(way.text for way in found.ways_out),
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Between two plans
+
+
+def render_changes(old: Plan, new: Plan) -> str:
+    """One line a decision that differs, and a count."""
+    before, after = _decisions(old), _decisions(new)
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        if key not in before:
+            lines.append(f"  + {key}  {after[key]}")
+        elif key not in after:
+            lines.append(f"  - {key}  {before[key]}")
+        elif before[key] != after[key]:
+            lines.append(f"  ~ {key}  {before[key]} -> {after[key]}")
+    signs = [line[2] for line in lines]
+    added, changed, dropped = (signs.count(sign) for sign in "+~-")
+    lines.append(f"Plan: {added} to add, {changed} to change, {dropped} to drop.")
+    return "\n".join(lines)
+
+
+def _decisions(plan: Plan) -> dict[str, str]:
+    """Flat: one line a decision, placements by unit and node."""
+    flat: dict[str, str] = {}
+    for key, value in plan.decisions().items():
+        if key == "actions":
+            flat[key] = f"{sum(len(row) for row in value)} actions on {len(value)} ranks"
+        elif key in ("mesh", "recompute"):
+            flat |= {f"{key}.{name}": str(inner) for name, inner in value.items()}
+        elif key == "placements":
+            flat |= _placed(value)
+        else:
+            flat[key] = str(value)
+    return flat
+
+
+def _placed(placements: dict[str, Any]) -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for unit, placement in placements.items():
+        for kind in ("nodes", "parameters"):
+            flat |= {f"{unit}.{name}": state for name, state in placement[kind].items()}
+    return flat

@@ -1,0 +1,97 @@
+"""The points of the space of plans, from outline to priced candidate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmspec.compiler.cost.memory import Ledger
+from llmspec.compiler.cost.step import Times
+from llmspec.compiler.plan import MeshSizes
+from llmspec.compiler.schedules import Schedule
+from llmspec.compiler.search.meshes import Grid
+from llmspec.compiler.search.options import TensorOption
+from llmspec.compiler.search.stages import Cut
+
+Recompute = tuple[tuple[str, str], ...]
+"""(unit, "none" | "full") of every unit, in the chain's order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outline:
+    """A candidate before its stages are cut.
+
+    least_s: no plan of this outline has a shorter step; least_bytes: nor a lower peak.
+    """
+
+    option: TensorOption
+    grid: Grid
+    microbatch: int
+    microbatches: int
+    recompute: Recompute
+    least_s: float
+    least_bytes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What a candidate's stages depend on: all but how the data ranks share."""
+
+    option: TensorOption
+    grid: Grid
+    microbatch: int
+    microbatches: int
+    recompute: Recompute
+    cut: Cut
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One plan with its price. `times` is None when it does not fit."""
+
+    shape: Shape
+    zero: int
+    shards: int
+    schedule: Schedule
+    ledger: Ledger
+    times: Times | None = None
+
+    @property
+    def mesh(self) -> MeshSizes:
+        grid = self.shape.grid
+        return MeshSizes(
+            pipeline=grid.pipeline,
+            replicas=grid.data // self.shards,
+            shards=self.shards,
+            tensor=grid.tensor,
+        )
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.ledger.total
+
+    @property
+    def step_s(self) -> float:
+        return float("inf") if self.times is None else self.times.total
+
+    @property
+    def simplicity(self) -> tuple[object, ...]:
+        """What decides between plans of equal time: the fewer kinds of parallelism the better."""
+        shape = self.shape
+        return (
+            shape.grid.pipeline,
+            shape.grid.tensor,
+            self.zero,
+            self.zero > 0 and self.shards < shape.grid.data,
+            -self.shards,
+            sum(policy == "full" for _, policy in shape.recompute),
+            shape.microbatches,
+            self.schedule is not Schedule.ONE_F_ONE_B,
+            shape.option.sequence,
+            shape.option.leaning != "time",
+            shape.cut,
+        )
+
+    @property
+    def rank(self) -> tuple[object, ...]:
+        """The order of plans: the step's time to four digits, then simplicity."""
+        return (float(f"{self.step_s:.3e}"), *self.simplicity)

@@ -1,0 +1,185 @@
+"""Why each family of plans lost: how much too large or too slow its best member is, and by what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from llmspec.compiler.search.candidates import Candidate, Outline, Shape
+from llmspec.compiler.search.meshes import shardings
+from llmspec.compiler.search.space import Space
+
+GiB = 2**30
+
+WORDS = {
+    "pipeline_bubble": "pipeline bubble",
+    "pipeline_transfer": "messages between stages",
+    "data": "data communication",
+    "tensor": "tensor communication",
+    "compute": "compute",
+    "optimizer": "optimizer",
+    "context": "context communication",
+    "expert": "expert communication",
+    "offload": "offload",
+}
+
+Family = tuple[str, str]
+"""("tensor", "8"), ("zero", "3") …"""
+
+
+def families_of(found: Candidate) -> tuple[Family, ...]:
+    shape, mesh = found.shape, found.mesh
+    names = list(shape_families(shape))
+    names.append(("zero", str(found.zero)))
+    if mesh.pipeline > 1:
+        names.append(("schedule", str(found.schedule)))
+    if found.zero:
+        names.append(("sharding", "hybrid" if mesh.shards < mesh.data else "full"))
+    return tuple(names)
+
+
+def shape_families(shape: Shape | Outline) -> tuple[Family, ...]:
+    """The families that an outline has decided."""
+    names: list[Family] = [
+        ("tensor", str(shape.grid.tensor)),
+        ("pipeline", str(shape.grid.pipeline)),
+        ("microbatch", str(shape.microbatch)),
+        ("recompute", "full" if any(p == "full" for _, p in shape.recompute) else "none"),
+    ]
+    if shape.grid.tensor > 1:
+        names.append(("sequence", "on" if shape.option.sequence else "off"))
+    return tuple(names)
+
+
+def possible_families(outline: Outline, space: Space) -> set[Family]:
+    """Every family that some candidate of the outline belongs to."""
+    names = set(shape_families(outline))
+    data = outline.grid.data
+    for zero, shards in shardings(data, space.pins):
+        names.add(("zero", str(zero)))
+        if zero:
+            names.add(("sharding", "hybrid" if shards < data else "full"))
+    if outline.grid.pipeline > 1:
+        names |= {("schedule", str(s)) for s in space.schedules(outline.grid.pipeline)}
+    return names
+
+
+@dataclass
+class Tally:
+    """The best member of each family as the search goes: the fastest that fits, and the
+    smallest."""
+
+    fastest: dict[Family, Candidate] = field(default_factory=dict)
+    smallest: dict[Family, Candidate] = field(default_factory=dict)
+
+    def add(self, found: Candidate) -> None:
+        best = self.fastest if found.times is not None else self.smallest
+        for family in families_of(found):
+            known = best.get(family)
+            if known is None or _better(found, known):
+                best[family] = found
+
+    def settled(self, families: set[Family], least_s: float) -> bool:
+        """Whether no plan with a step of at least `least_s` can be any family's fastest."""
+        known = (self.fastest.get(family) for family in families)
+        return all(best is not None and best.step_s < least_s for best in known)
+
+
+def _better(new: Candidate, old: Candidate) -> bool:
+    if new.times is None:
+        return new.peak_bytes < old.peak_bytes
+    return new.rank < old.rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lost:
+    """One family and its best member beside the winner.
+
+    excess_bytes: over the budget, 0 when it fits. slower: share of the winner's step, None when too
+    large.
+    term: the part of the time (or of the memory) that made the difference.
+    """
+
+    family: Family
+    excess_bytes: int
+    slower: float | None
+    term: str
+    text: str
+
+
+def explain(
+    winner: Candidate, tally: Tally, played: Mapping[int, Candidate], budget_bytes: int
+) -> tuple[Lost, ...]:
+    """`played`: by id, candidates whose times come from their action lists."""
+    own = set(families_of(winner))
+    lost = []
+    for family in sorted({*tally.fastest, *tally.smallest}, key=_natural):
+        if family in own:
+            continue
+        if family in tally.fastest:
+            best = tally.fastest[family]
+            lost.append(_slower(family, winner, played.get(id(best), best)))
+        else:
+            lost.append(_too_large(family, winner, tally.smallest[family], budget_bytes))
+    return tuple(lost)
+
+
+def _natural(family: Family) -> tuple[str, int, str]:
+    name, value = family
+    return name, int(value) if value.isdigit() else 0, value
+
+
+def _slower(family: Family, winner: Candidate, other: Candidate) -> Lost:
+    assert winner.times is not None and other.times is not None, "both fit"
+    share = other.step_s / winner.step_s - 1
+    before, after = winner.times.parts(), other.times.parts()
+    term = max(after, key=lambda part: after[part] - before[part])
+    gained = after[term] - before[term]
+    if share < 0.0005:
+        text = "as fast, and less simple"
+    else:
+        text = f"{100 * share:.1f} % slower: {WORDS[term]} +{seconds(gained)}"
+    return Lost(family=family, excess_bytes=0, slower=share, term=term, text=text)
+
+
+def _too_large(family: Family, winner: Candidate, other: Candidate, budget_bytes: int) -> Lost:
+    excess = other.peak_bytes - budget_bytes
+    before, after = winner.ledger.parts(), other.ledger.parts()
+    term = max(after, key=lambda part: after[part] - before[part])
+    text = f"too large by {excess / GiB:.1f} GiB: {term} {after[term] / GiB:.1f} GiB"
+    return Lost(family=family, excess_bytes=excess, slower=None, term=term, text=text)
+
+
+def seconds(value: float) -> str:
+    if abs(value) >= 1:
+        return f"{value:.2f} s"
+    if abs(value) >= 1e-3:
+        return f"{value * 1e3:.2f} ms"
+    return f"{value * 1e6:.0f} us"
+
+
+def describe(found: Candidate) -> str:
+    """A plan in one line of the language's words."""
+    mesh, shape = found.mesh, found.shape
+    words = [f"data {mesh.data}"]
+    if found.zero:
+        words.append(f"zero {found.zero}")
+        if mesh.shards < mesh.data:
+            words.append(f"shard {mesh.shards}")
+    if mesh.tensor > 1:
+        words.append(f"tensor {mesh.tensor}")
+        words.append("sequence on" if shape.option.sequence else "sequence off")
+    if mesh.pipeline > 1:
+        words.append(f"pipeline {mesh.pipeline} ({found.schedule})")
+    words.append(f"microbatch {shape.microbatch} x {shape.microbatches}")
+    if any(policy == "full" for _, policy in shape.recompute):
+        words.append("recompute full")
+    return ", ".join(words)
+
+
+def distinct(found: Iterable[Candidate]) -> list[Candidate]:
+    """One candidate a description, the first of them."""
+    by_text: dict[str, Candidate] = {}
+    for candidate in found:
+        by_text.setdefault(describe(candidate), candidate)
+    return list(by_text.values())

@@ -1,0 +1,86 @@
+"""The `plan { }` block of a spec as a question: may this key have this value?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from llmspec.compiler.errors import Unsupported
+from llmspec.dsl.program import Constraint, Option, Program, Relation
+
+ONLY: dict[str, tuple[Option, ...]] = {
+    "context": (1,),
+    "context_style": ("ring", "ulysses", "gather"),
+    "expert": (1,),
+    "interleave": (1,),
+    "offload": ("none",),
+    "kernels": ("eager",),
+}
+"""Keys whose value the search does not choose yet, and what they may say."""
+
+SEARCHED = (
+    "data",
+    "shard",
+    "zero",
+    "tensor",
+    "sequence",
+    "pipeline",
+    "schedule",
+    "stages",
+    "microbatch",
+    "recompute",
+)
+
+
+def plain(value: Option) -> Option:
+    """`on` and `off` as booleans, so that both ways of writing them agree."""
+    return {"on": True, "off": False}.get(value, value) if isinstance(value, str) else value
+
+
+@dataclass(frozen=True, slots=True)
+class Pins:
+    constraints: tuple[Constraint, ...]
+
+    @staticmethod
+    def of(program: Program) -> Pins:
+        """Errors: Unsupported for a pin that has no meaning yet."""
+        for constraint in program.plan:
+            known = ONLY.get(constraint.key)
+            if known is not None and not any(constraint.allows(v) for v in known):
+                raise Unsupported(f"`{constraint.key}` other than {known[0]}", constraint.span)
+            if known is None and constraint.key not in SEARCHED:
+                raise Unsupported(f"the plan key `{constraint.key}`", constraint.span)
+        return Pins(program.plan)
+
+    def about(self, key: str) -> list[Constraint]:
+        return [c for c in self.constraints if c.key == key]
+
+    def allows(self, key: str, value: Option) -> bool:
+        return all(_allows(c, value) for c in self.about(key))
+
+    def allowed(self, key: str, values: Iterable[int]) -> list[int]:
+        return [v for v in values if self.allows(key, v)]
+
+    def stage_blocks(self) -> tuple[int, ...] | None:
+        """The pinned number of blocks of each stage."""
+        for constraint in self.about("stages"):
+            listed = constraint.values[0]
+            if constraint.relation is Relation.EQ and isinstance(listed, tuple):
+                return tuple(int(n) for n in listed)  # type: ignore[arg-type]
+            if constraint.relation is Relation.EQ:
+                return tuple(int(n) for n in constraint.values)  # type: ignore[arg-type]
+        return None
+
+    def recompute(self) -> tuple[str, ...]:
+        """Errors: Unsupported for lists of operators and `selective`."""
+        for constraint in self.about("recompute"):
+            for value in constraint.values:
+                if value not in ("none", "full"):
+                    raise Unsupported(f"`recompute = {value}`", constraint.span)
+        return tuple(v for v in ("none", "full") if self.allows("recompute", v))
+
+
+def _allows(constraint: Constraint, value: Option) -> bool:
+    if constraint.relation in (Relation.EQ, Relation.IN):
+        return plain(value) in tuple(plain(v) for v in constraint.values)
+    return constraint.allows(value)

@@ -1,0 +1,153 @@
+"""The machine-readable face of a candidate: the objects `model`, `plan`, `predicted` of --json."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+from llmspec.compiler.cost.stage import Stage
+from llmspec.compiler.placement import Collective
+from llmspec.compiler.search.candidates import Candidate
+from llmspec.compiler.search.space import Space
+
+DIGITS = 9
+"""Significant digits of predicted numbers: the same bytes on every machine."""
+
+Number = dict[str, Any]
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
+
+
+def model_object(space: Space) -> Number:
+    graph = space.graph(1)
+    count = sum(math.prod(p.shape) for _, p in graph.parameters())
+    return {
+        "parameters": count,
+        "parameters_active": count,
+        "parameters_trained": count,
+        "flops_per_token": rounded(flops_per_token(space)),
+    }
+
+
+def flops_per_token(space: Space) -> float:
+    """Forward once and backward twice, products alone, causal attention at half its square."""
+    from llmspec.compiler.ops.registry import entry_of, shapes_of  # fills with the dialect
+
+    graph = space.graph(1)
+    by_unit = {}
+    for name, unit in graph.units.items():
+        entries = [(n, entry_of(n)) for n in unit.calls()]
+        by_unit[name] = sum(
+            (e.model_flops or e.flops)(n, shapes_of(n)) for n, e in entries if e.contraction
+        )
+    return 3 * sum(by_unit[i.unit] for i in graph.instances) / (graph.sequences * graph.tokens)
+
+
+def plan_object(space: Space, found: Candidate) -> Number:
+    """Every key of the language's `plan` block, and what follows from them."""
+    shape, mesh = found.shape, found.mesh
+    graph = space.graph(1)
+    starts = [i for i, instance in enumerate(graph.instances) if instance.prefix]
+    blocks = [sum(a <= i < b for i in starts) for a, b in shape.cut]
+    policies = {policy for _, policy in shape.recompute}
+    return {
+        "data": mesh.data,
+        "shard": mesh.shards,
+        "zero": found.zero,
+        "tensor": mesh.tensor,
+        "sequence": "on" if shape.option.sequence else "off",
+        "context": 1,
+        "context_style": None,
+        "expert": 1,
+        "pipeline": mesh.pipeline,
+        "interleave": 1,
+        "schedule": str(found.schedule) if mesh.pipeline > 1 else None,
+        "stages": blocks,
+        "microbatch": shape.microbatch,
+        "recompute": "full" if "full" in policies else "none",
+        "recompute_by_unit": dict(shape.recompute),
+        "offload": "none",
+        "kernels": "eager",
+        "world_size": mesh.world_size,
+        "microbatches": shape.microbatches,
+    }
+
+
+def predicted_object(space: Space, found: Candidate) -> Number:
+    times, program = found.times, space.program
+    assert times is not None, "only a plan that fits is predicted"
+    step, world = times.total, found.mesh.world_size
+    tokens = program.train.batch_tokens
+    shape = found.shape
+    stages = [space.stage(shape, a, b) for a, b in shape.cut]
+    model_flops = flops_per_token(space) * tokens / world / step
+    executed = sum(s.flops for s in stages) * shape.microbatches / found.mesh.pipeline / step
+    waiting = times.pipeline_bubble
+    return {
+        "step_time_s": rounded(step),
+        "tokens_per_s": rounded(tokens / step),
+        "tokens_per_s_per_gpu": rounded(tokens / step / world),
+        "model_flops_per_s_per_gpu": rounded(model_flops),
+        "mfu": rounded(model_flops / space.machine.peak_flops),
+        "hardware_flops_per_s_per_gpu": rounded(executed),
+        "hfu": rounded(executed / space.machine.peak_flops),
+        "peak_memory_bytes": found.peak_bytes,
+        "bytes_per_parameter": space.types.bytes_per_parameter,
+        "memory_bytes": found.ledger.parts(),
+        "time_s": {name: rounded(value) for name, value in times.parts().items()},
+        "bubble_fraction": rounded(waiting / step),
+        "collectives": collectives(space, found, stages),
+        "run": run_object(space, step, world),
+    }
+
+
+def run_object(space: Space, step_s: float, world: int) -> Number:
+    program = space.program
+    train, price = program.train, program.cluster.device.price_per_hour
+    steps = train.steps
+    if steps is None and train.tokens is not None:
+        steps = -(-train.tokens // train.batch_tokens)
+    if steps is None:
+        return {"steps": None, "tokens": None, "days": None, "gpu_hours": None, "cost": None}
+    hours = steps * step_s / 3600
+    return {
+        "steps": steps,
+        "tokens": steps * train.batch_tokens,
+        "days": rounded(hours / 24),
+        "gpu_hours": rounded(hours * world),
+        "cost": None if price is None else rounded(hours * world * price),
+    }
+
+
+def collectives(space: Space, found: Candidate, stages: list[Stage]) -> list[Number]:
+    """What one rank of the busiest stage sends in a step."""
+    busiest = max(range(len(stages)), key=lambda i: stages[i].busy_s)
+    stage, shape, mesh = stages[busiest], found.shape, found.mesh
+    counted: Counter[tuple[str, str, int, int]] = Counter()
+    for run in stage.runs:
+        again = 2 if run.recompute else 1
+        for kind, size, forward, backward in run.cost.sends:
+            often = run.count * shape.microbatches * (again * forward + backward)
+            counted[kind, "tensor", mesh.tensor, size] += often
+    summed = space.types.gradients * stage.shadow_elements
+    if mesh.tensor > 1 and summed:
+        parts = mesh.shards if found.zero else 1
+        counted[str(Collective.ALL_REDUCE), "tensor", mesh.tensor, -(-summed // parts)] += 1
+    data = space.data_costs(shape, stages, found.zero, found.shards)[busiest]
+    sizes = {"shards": mesh.shards, "replicas": mesh.replicas, "data": mesh.data}
+    for kind, axis, size, often in data.sends:
+        counted[kind, axis, sizes[axis], size] += often
+    if mesh.pipeline > 1:
+        message = max(s.output_bytes for s in stages[:-1])
+        ends = (busiest > 0) + (busiest < mesh.pipeline - 1)
+        counted["send", "pipeline", mesh.pipeline, message] += ends * shape.microbatches
+        shared, _ = space.shared_weights(stages, mesh, mesh.shards if found.zero else 1)
+        if shared:
+            counted[str(Collective.ALL_REDUCE), "pipeline", 2, shared] += 1
+    return [
+        {"kind": kind, "axis": axis, "ranks": ranks, "bytes": size, "count": often}
+        for (kind, axis, ranks, size), often in sorted(counted.items())
+    ]

@@ -1,0 +1,201 @@
+"""From a program to its plan: every legal one priced, the best few played, the winner explained."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from llmspec.compiler.cost.memory import Ledger
+from llmspec.compiler.cost.unit import resolve
+from llmspec.compiler.errors import Refused, Unsupported
+from llmspec.compiler.plan import Plan
+from llmspec.compiler.search.blocks import Problem, time_prices
+from llmspec.compiler.search.candidates import Candidate
+from llmspec.compiler.search.compare import placement_text
+from llmspec.compiler.search.explain import Lost, describe, distinct, explain
+from llmspec.compiler.search.meshes import nearest_batches
+from llmspec.compiler.search.predicted import model_object, plan_object, predicted_object
+from llmspec.compiler.search.space import Build, Space
+from llmspec.compiler.search.walk import Walk
+from llmspec.compiler.search.ways_out import Way, ways_out
+from llmspec.dsl.diagnostics import Diagnostic
+from llmspec.dsl.program import Prefer, Program, Span
+
+RUNNERS_UP = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A plan under the budget.
+
+    runners_up: the next best, the winner first, as (words, predicted step in s, peak bytes).
+    lost: why each family lost. placed: how the blocks are split over the tensor axis, and what that
+        saves, in lines. seconds: how long the search took; not part of the plan.
+    """
+
+    plan: Plan
+    runners_up: tuple[tuple[str, float, int], ...]
+    lost: tuple[Lost, ...]
+    placed: tuple[str, ...]
+    considered: int
+    fit: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Infeasible:
+    """Nothing fits. `ledger` is of the smallest plan, which `best` describes and `decisions` spells
+    out.
+
+    missing_bytes: what the budget lacks for it. span: where the spec sets the budget, if it does.
+    """
+
+    best: str
+    decisions: dict[str, Any]
+    ledger: Ledger
+    budget_bytes: int
+    missing_bytes: int
+    ways_out: tuple[Way, ...]
+    considered: int
+    seconds: float
+    model: dict[str, Any]
+    span: Span | None = None
+
+
+def search(program: Program, build: Build) -> Found | Infeasible:
+    """`build(B)` gives the model's graph for micro-batches of B sequences.
+
+    Errors: Unsupported for pins without meaning; Refused for a batch that no mesh divides, and for
+    pins that no mesh satisfies.
+    """
+    start = time.perf_counter()
+    if program.prefer is not Prefer.THROUGHPUT:
+        raise Unsupported(f"`prefer {program.prefer}`")
+    space = Space.of(program, build)
+    check_meshes(space)
+    walk = Walk(space)
+    walk.run()
+    smallest = walk.smallest
+    if walk.fit:
+        return _found(walk, start)
+    if smallest is None:
+        raise _no_mesh(program, "no plan satisfies every line of the `plan` block")
+    return Infeasible(
+        best=describe(smallest),
+        decisions=plan_object(space, smallest),
+        ledger=smallest.ledger,
+        budget_bytes=space.budget_bytes,
+        missing_bytes=smallest.peak_bytes - space.budget_bytes,
+        ways_out=ways_out(space, smallest),
+        considered=walk.considered,
+        seconds=time.perf_counter() - start,
+        model=model_object(space),
+        span=program.budget.span,
+    )
+
+
+def _found(walk: Walk, start: float) -> Found:
+    space = walk.space
+    pool = {id(c): c for c in [*walk.shortlist.candidates(), *walk.tally.fastest.values()]}
+    played = {key: space.played(c) for key, c in pool.items()}
+    ranked = sorted(played.values(), key=lambda c: c.rank)
+    winner = ranked[0]
+    runners = distinct(ranked)[: 1 + RUNNERS_UP]
+    return Found(
+        plan=plan_of(space, winner, walk.considered, walk.fit),
+        runners_up=tuple((describe(c), c.step_s, c.peak_bytes) for c in runners),
+        lost=explain(winner, walk.tally, played, space.budget_bytes),
+        placed=tuple(placed(space, winner)),
+        considered=walk.considered,
+        fit=walk.fit,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def placed(space: Space, winner: Candidate) -> list[str]:
+    """Of each repeated block, when there are tensor ranks."""
+    option = winner.shape.option
+    if option.ranks == 1:
+        return []
+    graph = space.graph(winner.shape.microbatch)
+    lines = []
+    for name in dict.fromkeys(i.unit for i in graph.instances if i.prefix):
+        lines += placement_text(
+            Problem(
+                unit=graph.units[name],
+                ranks=option.ranks,
+                sequence=option.sequence,
+                where=option.where,
+                machine=space.machine,
+                types=space.types,
+                prices=time_prices(space.machine, space.types, winner.shape.microbatches),
+            ),
+            resolve(graph.units[name], option.placements[name], option.ranks),
+        )
+    return lines
+
+
+def plan_of(space: Space, winner: Candidate, considered: int, fit: int) -> Plan:
+    program, shape, mesh = space.program, winner.shape, winner.mesh
+    lists: dict[int, tuple[str, ...]] = {}
+    if mesh.pipeline > 1:
+        lists = space.action_lists(winner.schedule, mesh.pipeline, shape.microbatches, winner.zero)
+    return Plan(
+        # not the way to it: emitted bytes must not depend on where the compiler is called
+        spec=os.path.basename(program.path),
+        spec_hash=program.source_hash,
+        model=program.model.name,
+        train=program.train.name,
+        mesh=mesh,
+        zero=winner.zero,
+        sequence=shape.option.sequence,
+        microbatch=shape.microbatch,
+        microbatches=shape.microbatches,
+        schedule=str(winner.schedule),
+        stages=shape.cut,
+        recompute=dict(shape.recompute),
+        placements=shape.option.placements,
+        actions=tuple(lists[rank] for rank in sorted(lists)),
+        predicted={
+            "model": model_object(space),
+            "plan": plan_object(space, winner),
+            "predicted": predicted_object(space, winner),
+            "search": {"plans_considered": considered, "plans_that_fit": fit},
+            "cluster": {
+                "device": program.cluster.device.name,
+                "devices": program.cluster.world_size,
+                "memory_budget_bytes": program.budget.memory_bytes,
+            },
+        },
+    )
+
+
+def _no_mesh(program: Program, message: str) -> Refused:
+    span = program.plan[0].span if program.plan else program.train.span
+    label = f"{program.cluster.world_size} devices, batches of {program.train.batch_sequences}"
+    return Refused(Diagnostic(code="E0404", message=message, span=span, label=label))
+
+
+def check_meshes(space: Space) -> None:
+    """Errors: Refused when no mesh satisfies the pins, or none divides the batch."""
+    program = space.program
+    grids = space.grids()
+    if not grids:
+        world = program.cluster.world_size
+        raise _no_mesh(program, f"no mesh of {world} devices satisfies the `plan` block")
+    batch = program.train.batch_sequences
+    if all(batch % grid.data for grid in grids):
+        near = nearest_batches(batch, sorted({g.data for g in grids}))
+        tokens = program.train.sequence_length
+        works = " and ".join(f"{n} sequences ({n * tokens:,} tokens)" for n in near)
+        raise Refused(
+            Diagnostic(
+                code="E0408",
+                message=f"no mesh divides a batch of {batch} sequences",
+                span=program.train.key_spans.get("batch", program.train.span),
+                label=f"{batch} sequences of {tokens} tokens",
+                helps=(f"the nearest batches that work are {works}",),
+            )
+        )

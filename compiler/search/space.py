@@ -1,0 +1,398 @@
+"""The space of plans, and the price of each point of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import product
+
+from llmspec.compiler.cost.data import DataCost, DataGroups, data_cost
+from llmspec.compiler.cost.hardware import Machine, machine_of
+from llmspec.compiler.cost.memory import Ledger, Residence, ledger
+from llmspec.compiler.cost.network import (
+    axis_group,
+    collective_s,
+    data_group,
+    group,
+    send_s,
+)
+from llmspec.compiler.cost.stage import Run, Stage
+from llmspec.compiler.cost.step import (
+    Times,
+    durations,
+    makespan_s,
+    played_s,
+    step_times,
+    tail,
+)
+from llmspec.compiler.cost.types import Types, types_of
+from llmspec.compiler.cost.unit import UnitCost, resolve, unit_cost
+from llmspec.compiler.graph import ModelGraph
+from llmspec.compiler.placement import Collective
+from llmspec.compiler.plan import MeshSizes
+from llmspec.compiler.schedules import Schedule, actions
+from llmspec.compiler.search.candidates import Candidate, Outline, Recompute, Shape
+from llmspec.compiler.search.meshes import Grid, divisors, grids, shardings
+from llmspec.compiler.search.options import TensorOption, tensor_options
+from llmspec.compiler.search.pins import Pins
+from llmspec.compiler.search.stages import Cut, balanced, block_starts, cut_at
+from llmspec.dsl.program import Program
+
+Operators = tuple[str, ...]
+"""The names of all operators of a graph."""
+
+Build = Callable[[int], ModelGraph]
+"""The model's graph for micro-batches of so many sequences."""
+
+
+@dataclass
+class Space:
+    """All plans of one program. Costs are worked out once per part and kept."""
+
+    program: Program
+    build: Build
+    pins: Pins
+    types: Types
+    machine: Machine
+    graphs: dict[int, ModelGraph] = field(default_factory=dict)
+    operators: dict[int, Operators] = field(default_factory=dict)
+    options: dict[tuple[int, Operators], list[TensorOption]] = field(default_factory=dict)
+    unit_costs: dict[tuple[int, int], dict[str, UnitCost]] = field(default_factory=dict)
+    stages: dict[tuple[object, ...], Stage] = field(default_factory=dict)
+    lists: dict[tuple[object, ...], dict[int, tuple[str, ...]]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(program: Program, build: Build) -> Space:
+        """Errors: Unsupported for what cannot be priced or pinned yet."""
+        types = types_of(program.train)
+        return Space(program, build, Pins.of(program), types, machine_of(program.cluster, types))
+
+    @property
+    def budget_bytes(self) -> int:
+        return self.program.budget.memory_bytes
+
+    def graph(self, microbatch: int) -> ModelGraph:
+        if microbatch not in self.graphs:
+            self.graphs[microbatch] = self.build(microbatch)
+        return self.graphs[microbatch]
+
+    @cached_property
+    def blocks(self) -> int:
+        return len(block_starts(self.graph(1)))
+
+    # -- enumeration
+
+    def grids(self) -> list[Grid]:
+        cluster = self.program.cluster
+        return list(grids(cluster.world_size, cluster.devices_per_node, self.blocks, self.pins))
+
+    def tensor_options(self, ranks: int, microbatch: int) -> list[TensorOption]:
+        """Placements are found at one sequence, and serve every micro-batch whose graph has the
+        same operators; a traced model may have others at one sequence."""
+        size = 1 if self._operators(microbatch) == self._operators(1) else microbatch
+        key = (ranks, self._operators(size))
+        if key not in self.options:
+            sequences = [s for s in (False, True) if self.pins.allows("sequence", s)]
+            found = tensor_options(self.graph(size), ranks, sequences, self.machine, self.types)
+            if ranks == 1 and not self.pins.allows("sequence", False):
+                found = []
+            self.options[key] = found
+        return self.options[key]
+
+    def _operators(self, microbatch: int) -> Operators:
+        if microbatch not in self.operators:
+            units = self.graph(microbatch).units.values()
+            self.operators[microbatch] = tuple(n.name for unit in units for n in unit.calls())
+        return self.operators[microbatch]
+
+    def recomputes(self) -> list[Recompute]:
+        """Every choice for the repeated units; what stands alone is never recomputed."""
+        graph = self.graph(1)
+        repeated = list(dict.fromkeys(i.unit for i in graph.instances if i.prefix))
+        policies = self.pins.recompute()
+        if not repeated and "none" in policies:
+            policies = ("none",)
+        found = []
+        for chosen in product(policies, repeat=len(repeated)):
+            by_unit = dict(zip(repeated, chosen, strict=True))
+            found.append(tuple((name, by_unit.get(name, "none")) for name in graph.units))
+        return found
+
+    def microbatches(self, grid: Grid) -> Iterator[tuple[int, int]]:
+        """(sequences of a micro-batch, how many) that make up the batch exactly."""
+        batch = self.program.train.batch_sequences
+        if batch % grid.data:
+            return
+        rank = batch // grid.data
+        for size in self.pins.allowed("microbatch", divisors(rank)):
+            yield size, rank // size
+
+    def schedules(self, pipeline: int) -> list[Schedule]:
+        if pipeline == 1:
+            return [Schedule.ONE_F_ONE_B]
+        both = (Schedule.ONE_F_ONE_B, Schedule.GPIPE)
+        return [s for s in both if self.pins.allows("schedule", str(s))]
+
+    # -- prices
+
+    def costs(self, option: TensorOption, microbatch: int) -> dict[str, UnitCost]:
+        key = (id(option), microbatch)
+        if key not in self.unit_costs:
+            self.unit_costs[key] = {
+                name: unit_cost(
+                    unit,
+                    resolve(unit, option.placements[name], option.ranks),
+                    option.where,
+                    self.machine,
+                    self.types.compute,
+                )
+                for name, unit in self.graph(microbatch).units.items()
+            }
+        return self.unit_costs[key]
+
+    def cuts(
+        self, option: TensorOption, microbatch: int, recompute: Recompute, pipeline: int
+    ) -> list[Cut]:
+        """The fastest cut, and one that evens out what 1F1B's stages hold."""
+        graph = self.graph(1)
+        if pipeline == 1:
+            return [((0, len(graph.instances)),)]
+        pinned = self.pins.stage_blocks()
+        if pinned is not None:
+            return [cut_at(graph, pinned)] if sum(pinned) == self.blocks else []
+        times, held = self._block_weights(option, microbatch, recompute)
+        in_flight = [float(pipeline - s) for s in range(pipeline)]
+        ways = [balanced(times, pipeline), balanced(held, pipeline, in_flight)]
+        return [cut_at(graph, blocks) for blocks in dict.fromkeys(ways)]
+
+    def _block_weights(
+        self, option: TensorOption, microbatch: int, recompute: Recompute
+    ) -> tuple[list[float], list[float]]:
+        """Seconds and kept bytes of each block, with what rides along with it."""
+        costs, policy = self.costs(option, microbatch), dict(recompute)
+        starts = block_starts(self.graph(1))
+        stops = [*starts[1:], len(self.graph(1).instances)]
+        times, held = [], []
+        for start, stop in zip(starts, stops, strict=True):
+            stage = self._stage_of(costs, policy, start, stop, pipeline=2)
+            times.append(stage.busy_s)
+            held.append(float(stage.kept_bytes(0)))
+        return times, held
+
+    def stage(self, shape: Shape, start: int, stop: int) -> Stage:
+        units = self.graph(1).instances[start:stop]
+        pipeline = shape.grid.pipeline
+        names = tuple(i.unit for i in units)
+        key = (id(shape.option), shape.microbatch, shape.recompute, names, pipeline == 1)
+        if key not in self.stages:
+            costs = self.costs(shape.option, shape.microbatch)
+            policy = dict(shape.recompute)
+            self.stages[key] = self._stage_of(costs, policy, start, stop, pipeline)
+        return self.stages[key]
+
+    def _stage_of(
+        self,
+        costs: dict[str, UnitCost],
+        policy: dict[str, str],
+        start: int,
+        stop: int,
+        pipeline: int,
+    ) -> Stage:
+        graph = self.graph(1)
+        tied = any(c.tied_elements for c in costs.values())
+        counted: list[tuple[str, bool, int]] = []
+        for instance in graph.instances[start:stop]:
+            name, own = instance.unit, bool(instance.prefix) or pipeline > 1 or not tied
+            if counted and counted[-1][:2] == (name, own):
+                counted[-1] = (name, own, counted[-1][2] + 1)
+            else:
+                counted.append((name, own, 1))
+        runs = tuple(Run(costs[n], count, policy[n] == "full", own) for n, own, count in counted)
+        copies = sum(r.cost.tied_elements * r.count for r in runs) if pipeline > 1 else 0
+        return Stage(runs, copies)
+
+    def mesh(self, grid: Grid, shards: int) -> MeshSizes:
+        return MeshSizes(
+            pipeline=grid.pipeline,
+            replicas=grid.data // shards,
+            shards=shards,
+            tensor=grid.tensor,
+        )
+
+    def worst_ledger(
+        self, shape: Shape, stages: list[Stage], zero: int, shards: int, schedule: Schedule
+    ) -> Ledger:
+        """Of the fullest rank. Equal stages differ by what is in flight, most on the first of
+        them."""
+        pipeline, count = shape.grid.pipeline, shape.microbatches
+        seen: set[int] = set()
+        worst: Ledger | None = None
+        for index, stage in enumerate(stages):
+            if id(stage) in seen:
+                continue
+            seen.add(id(stage))
+            home = Residence(
+                zero=zero,
+                data=shape.grid.data,
+                shards=shards,
+                microbatches=count,
+                in_flight=count
+                if schedule is Schedule.GPIPE and pipeline > 1
+                else min(count, pipeline - index),
+                sends_on=index < pipeline - 1,
+            )
+            made = ledger(stage, home, self.types, self.machine)
+            if worst is None or made.total > worst.total:
+                worst = made
+        assert worst is not None, "a plan has at least one stage"
+        return worst
+
+    def data_costs(
+        self, shape: Shape, stages: list[Stage], zero: int, shards: int
+    ) -> list[DataCost]:
+        mesh = self.mesh(shape.grid, shards)
+        groups = DataGroups(
+            shards=axis_group("shards", mesh, self.machine),
+            replicas=axis_group("replicas", mesh, self.machine),
+            data=data_group(mesh, self.machine),
+        )
+        made = {
+            id(s): data_cost(s, zero, shape.microbatches, groups, self.types, self.machine)
+            for s in {id(s): s for s in stages}.values()
+        }
+        return [made[id(s)] for s in stages]
+
+    def times(
+        self,
+        shape: Shape,
+        stages: list[Stage],
+        zero: int,
+        shards: int,
+        schedule: Schedule,
+        *,
+        play: bool,
+    ) -> Times:
+        """`play`: the schedule's own action lists instead of the closed form."""
+        data = self.data_costs(shape, stages, zero, shards)
+        mesh, parts = self.mesh(shape.grid, shards), shards if zero else 1
+        spent = [durations(s, d) for s, d in zip(stages, data, strict=True)]
+        message = max((s.output_bytes for s in stages[:-1]), default=0)
+        sending = send_s(message, mesh, self.machine) if len(stages) > 1 else 0.0
+        if play and len(stages) > 1:
+            lists = self.action_lists(schedule, len(stages), shape.microbatches, zero)
+            span = played_s(lists, spent, sending)
+        else:
+            span = makespan_s(spent, shape.microbatches, sending)
+        shared = self.shared_weights(stages, mesh, parts)
+        tails = [
+            tail(s, d, parts, shape.option.where, shared[1], self.types, self.machine)
+            for s, d in zip(stages, data, strict=True)
+        ]
+        return step_times(stages, data, tails, shape.microbatches, span)
+
+    def shared_weights(self, stages: list[Stage], mesh: MeshSizes, parts: int) -> tuple[int, float]:
+        """(bytes, seconds) of summing the gradients of weights that two stages hold."""
+        elements = max(s.tied_elements for s in stages)
+        size = self.types.gradients * -(-elements // parts)
+        pair = group(2, mesh.world_size // mesh.pipeline, self.machine)
+        return size, collective_s(Collective.ALL_REDUCE, size, pair)
+
+    def action_lists(
+        self, schedule: Schedule, stages: int, microbatches: int, zero: int
+    ) -> dict[int, tuple[str, ...]]:
+        key = (schedule, stages, microbatches, zero)
+        if key not in self.lists:
+            self.lists[key] = actions(schedule, stages, stages, microbatches, zero)
+        return self.lists[key]
+
+    # -- candidates
+
+    def outlines(self) -> list[Outline]:
+        """Every one, the most promising first."""
+        found = [
+            self._outline(grid, microbatch, microbatches, option, recompute)
+            for grid in self.grids()
+            for microbatch, microbatches in self.microbatches(grid)
+            for option in self.tensor_options(grid.tensor, microbatch)
+            for recompute in self.recomputes()
+        ]
+        return sorted(found, key=lambda o: o.least_s)
+
+    def _outline(
+        self,
+        grid: Grid,
+        microbatch: int,
+        microbatches: int,
+        option: TensorOption,
+        recompute: Recompute,
+    ) -> Outline:
+        """The bounds are those of equal stages: the worst one is no better than their mean."""
+        key = (id(option), microbatch, recompute)
+        if key not in self.stages:
+            costs, stop = self.costs(option, microbatch), len(self.graph(1).instances)
+            self.stages[key] = self._stage_of(costs, dict(recompute), 0, stop, pipeline=1)
+        whole = self.stages[key]
+        kept_once = (self.types.weights + self.types.moments) * whole.elements / grid.data
+        stored = kept_once + whole.kept_bytes(0)
+        return Outline(
+            option=option,
+            grid=grid,
+            microbatch=microbatch,
+            microbatches=microbatches,
+            recompute=recompute,
+            least_s=microbatches * whole.busy_s / grid.pipeline,
+            least_bytes=self.machine.fixed_bytes + stored / grid.pipeline,
+        )
+
+    def shapes(self, outline: Outline) -> list[Shape]:
+        option, grid = outline.option, outline.grid
+        cuts = self.cuts(option, outline.microbatch, outline.recompute, grid.pipeline)
+        return [
+            Shape(
+                option=option,
+                grid=grid,
+                microbatch=outline.microbatch,
+                microbatches=outline.microbatches,
+                recompute=outline.recompute,
+                cut=cut,
+            )
+            for cut in cuts
+        ]
+
+    def candidates(self, outline: Outline) -> Iterator[Candidate]:
+        """Every plan of an outline; those that do not fit have no times."""
+        for shape in self.shapes(outline):
+            stages = [self.stage(shape, a, b) for a, b in shape.cut]
+            for zero, shards in shardings(shape.grid.data, self.pins):
+                for schedule in self.schedules(shape.grid.pipeline):
+                    yield self._candidate(shape, stages, zero, shards, schedule)
+
+    def smallest_of(self, outline: Outline) -> Iterator[Candidate]:
+        """Of each ZeRO level the plan that shards most, for what cannot fit anyway."""
+        shape = self.shapes(outline)[-1:]
+        for zero, shards in dict(shardings(outline.grid.data, self.pins)).items():
+            for one in shape:
+                stages = [self.stage(one, a, b) for a, b in one.cut]
+                for schedule in self.schedules(one.grid.pipeline)[:1]:
+                    yield self._candidate(one, stages, zero, shards, schedule)
+
+    def _candidate(
+        self, shape: Shape, stages: list[Stage], zero: int, shards: int, schedule: Schedule
+    ) -> Candidate:
+        memory = self.worst_ledger(shape, stages, zero, shards, schedule)
+        times = None
+        if memory.total <= self.budget_bytes:
+            times = self.times(shape, stages, zero, shards, schedule, play=False)
+        return Candidate(
+            shape=shape, zero=zero, shards=shards, schedule=schedule, ledger=memory, times=times
+        )
+
+    def played(self, candidate: Candidate) -> Candidate:
+        """The same plan, its time taken from its action lists."""
+        shape = candidate.shape
+        stages = [self.stage(shape, a, b) for a, b in shape.cut]
+        times = self.times(
+            shape, stages, candidate.zero, candidate.shards, candidate.schedule, play=True
+        )
+        return replace(candidate, times=times)

@@ -1,0 +1,69 @@
+"""Cuts the chain of instances into pipeline stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from llmspec.compiler.graph import ModelGraph
+
+Cut = tuple[tuple[int, int], ...]
+
+
+def block_starts(graph: ModelGraph) -> list[int]:
+    """Where a stage may begin: at each block, with what stands alone before it. The chain's head
+    goes with the first block, its tail with the last."""
+    starts, begin = [], 0
+    for index, instance in enumerate(graph.instances):
+        if instance.prefix:
+            starts.append(begin)
+            begin = index + 1
+    return starts or [0]
+
+
+def cut_at(graph: ModelGraph, blocks: Sequence[int]) -> Cut:
+    """Stages of so many blocks each."""
+    starts = block_starts(graph)
+    firsts = [starts[sum(blocks[:i])] for i in range(len(blocks))]
+    stops = [*firsts[1:], len(graph.instances)]
+    return tuple(zip(firsts, stops, strict=True))
+
+
+def balanced(
+    weights: Sequence[float], stages: int, factors: Sequence[float] | None = None
+) -> tuple[int, ...]:
+    """How many consecutive items each stage takes, at least one, so that the heaviest stage is as
+    light as can be; among those the most even.
+
+    factors: what a weight counts for on each stage (1 everywhere when left out).
+    """
+    scale = np.ones(stages) if factors is None else np.asarray(factors, dtype=float)
+    sums = np.concatenate([[0.0], np.cumsum(np.asarray(weights, dtype=float))])
+    count = len(weights)
+    # own[i, j]: the weight of items i to j; what is not a stretch of items is infinite
+    own = sums[None, :] - sums[:, None]
+    own[np.tril_indices(count + 1)] = np.inf
+    bound = _lightest(own, scale) * (1 + 1e-9)
+    uneven = (own - sums[-1] / stages) ** 2
+    best = np.full(count + 1, np.inf)
+    best[0] = 0.0
+    taken = []
+    for factor in scale:
+        cost = best[:, None] + np.where(own * factor <= bound, uneven, np.inf)
+        taken.append(np.argmin(cost, axis=0))
+        best = cost[taken[-1], np.arange(count + 1)]
+    blocks, stop = [], count
+    for starts in reversed(taken):
+        blocks.append(int(stop - starts[stop]))
+        stop = int(starts[stop])
+    return tuple(reversed(blocks))
+
+
+def _lightest(own: np.ndarray, scale: np.ndarray) -> float:
+    """The least heaviest stage when every item is taken."""
+    best = np.full(len(own), np.inf)
+    best[0] = 0.0
+    for factor in scale:
+        best = np.min(np.maximum(best[:, None], own * factor), axis=0)
+    return float(best[-1])

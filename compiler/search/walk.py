@@ -1,0 +1,95 @@
+"""Branch and bound over the space of plans."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+
+from llmspec.compiler.search.candidates import Candidate, Outline
+from llmspec.compiler.search.explain import Tally, possible_families
+from llmspec.compiler.search.space import Space
+
+SHORTLIST = 32
+"""Plans that are played after the closed form has ranked them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Worst:
+    """Orders a heap so that the worst plan stands first."""
+
+    rank: tuple[object, ...]
+    candidate: Candidate
+
+    def __lt__(self, other: _Worst) -> bool:
+        return self.rank > other.rank  # type: ignore[operator]
+
+
+@dataclass
+class Shortlist:
+    """The best plans by the closed form."""
+
+    heap: list[_Worst] = field(default_factory=list)
+
+    def add(self, candidate: Candidate) -> None:
+        entry = _Worst(candidate.rank, candidate)
+        if len(self.heap) < SHORTLIST:
+            heapq.heappush(self.heap, entry)
+        elif self.heap[0] < entry:
+            heapq.heapreplace(self.heap, entry)
+
+    def candidates(self) -> list[Candidate]:
+        return [entry.candidate for entry in sorted(self.heap, reverse=True)]
+
+    def closed_to(self, least_s: float) -> bool:
+        """Whether no plan with a step of at least `least_s` can enter."""
+        return len(self.heap) == SHORTLIST and self.heap[0].candidate.step_s < least_s
+
+
+@dataclass
+class Walk:
+    """Prices outlines, the most promising first, and leaves out those whose bound says that nothing
+    in them could be the best of anything: of all plans, of a family, of the shortlist."""
+
+    space: Space
+    tally: Tally = field(default_factory=Tally)
+    shortlist: Shortlist = field(default_factory=Shortlist)
+    smallest: Candidate | None = None
+    considered: int = 0
+    fit: int = 0
+
+    def run(self) -> None:
+        for outline in self.space.outlines():
+            if outline.least_bytes > self.space.budget_bytes:
+                for candidate in self.space.smallest_of(outline):
+                    self._add(candidate)
+            elif not self._hopeless(outline):
+                for candidate in self.space.candidates(outline):
+                    self._add(candidate)
+
+    def _hopeless(self, outline: Outline) -> bool:
+        if not self.shortlist.closed_to(outline.least_s):
+            return False
+        return self.tally.settled(possible_families(outline, self.space), outline.least_s)
+
+    def _add(self, candidate: Candidate) -> None:
+        self.considered += 1
+        self.tally.add(candidate)
+        if candidate.times is not None:
+            self.fit += 1
+            self.shortlist.add(candidate)
+        elif self.smallest is None or candidate.peak_bytes < self.smallest.peak_bytes:
+            self.smallest = candidate
+
+
+def fastest(space: Space) -> Candidate | None:
+    """The best plan that fits, by the closed form; None when none does."""
+    best: Candidate | None = None
+    for outline in space.outlines():
+        if outline.least_bytes > space.budget_bytes:
+            continue
+        if best is not None and outline.least_s > best.step_s:
+            break
+        for candidate in space.candidates(outline):
+            if candidate.times is not None and (best is None or candidate.rank < best.rank):
+                best = candidate
+    return best

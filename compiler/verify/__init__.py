@@ -1,0 +1,1 @@
+"""Verify: an emitted program on real processes against the single-device reference."""

@@ -1,0 +1,252 @@
+"""A plan small enough for local processes, with the same decisions.
+
+Every mesh axis larger than 2 becomes 2; widths, depth, vocabulary and tokens follow. Placements,
+ZeRO level, schedule, recomputation and unevenness are the plan's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from llmspec.compiler import schedules
+from llmspec.compiler.plan import MeshSizes, Plan
+from llmspec.dsl.program import (
+    Arithmetic,
+    Assign,
+    Binding,
+    Block,
+    BlockUse,
+    Expr,
+    Model,
+    Operator,
+    Option,
+    Program,
+    Repeat,
+)
+
+TOKENS = 16
+HEAD_SIZE = 8
+WIDTHS = ("width", "out", "ffn")
+
+
+def shrink(program: Program, plan: Plan, largest: int = 2) -> tuple[Program, Plan]:
+    """The small program and the small plan, no axis with more than `largest` ranks.
+
+    A model from PyTorch keeps its sizes: they are its own code's.
+    """
+    mesh = small_mesh(plan.mesh, largest)
+    stages = mesh.pipeline * plan.interleave
+    model = program.model
+    blocks = plan.stages[-1][1] - 2
+    if isinstance(model, Model):
+        model = small_model(model, stages, largest)
+        blocks = block_count(model)
+    microbatch, microbatches = min(plan.microbatch, 2), min(plan.microbatches, 4)
+    sequence = TOKENS if isinstance(program.model, Model) else program.train.sequence_length
+    train = replace(
+        program.train,
+        sequence_length=sequence,
+        batch_sequences=mesh.data * microbatch * microbatches,
+    )
+    small = replace(
+        plan,
+        mesh=mesh,
+        microbatch=microbatch,
+        microbatches=microbatches,
+        stages=small_stages(plan.stages, stages, blocks),
+        actions=(),
+        predicted={},
+    )
+    if stages > 1:
+        small = replace(small, actions=schedule_actions(small))
+    return replace(program, model=model, train=train), small
+
+
+def small_mesh(mesh: MeshSizes, largest: int) -> MeshSizes:
+    axes = ("pipeline", "replicas", "shards", "context", "expert", "tensor")
+    return MeshSizes(**{a: min(getattr(mesh, a), largest) for a in axes})
+
+
+def schedule_actions(plan: Plan) -> tuple[tuple[str, ...], ...]:
+    """The action lists of a plan, by pipeline rank."""
+    lists = schedules.actions(
+        schedules.Schedule(plan.schedule),
+        len(plan.stages),
+        plan.mesh.pipeline,
+        plan.microbatches,
+        plan.zero,
+    )
+    return tuple(lists[rank] for rank in range(plan.mesh.pipeline))
+
+
+def small_stages(
+    stages: tuple[tuple[int, int], ...], count: int, blocks: int
+) -> tuple[tuple[int, int], ...]:
+    """`count` stages over `blocks` blocks between the first and the last unit.
+
+    What is left over goes to the stages that were larger, so that uneven cuts stay uneven.
+    """
+    sizes = [b - a for a, b in stages]
+    larger = [s for s in range(count) if sizes[s * len(sizes) // count] > min(sizes)]
+    order = [*larger, *(s for s in range(count) if s not in larger)]
+    new = [blocks // count] * count
+    for s in order[: blocks % count]:
+        new[s] += 1
+    bounds = [1 + sum(new[:s]) for s in range(count)] + [blocks + 2]
+    bounds[0] = 0
+    return tuple(pairwise(bounds))
+
+
+# --------------------------------------------------------------------------------------------------
+# Models
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """widths: large -> small. heads: at most so many key/value heads, and twice as many heads."""
+
+    widths: dict[int, int]
+    heads: int
+
+
+def block_count(model: Model) -> int:
+    """Links of the chain from its first block to its last, operators between them as one."""
+    kinds: list[str] = []
+    for binding in model.body:
+        match binding.value:
+            case Repeat(count=count, body=body):
+                kinds += ["block"] * (count * len(body))
+            case BlockUse():
+                kinds.append("block")
+            case _:
+                if not kinds or kinds[-1] != "plain":
+                    kinds.append("plain")
+    first = kinds.index("block") if "block" in kinds else len(kinds)
+    last = len(kinds) - kinds[::-1].index("block") if "block" in kinds else first
+    return len(kinds[first:last])
+
+
+def small_model(model: Model, stages: int, largest: int = 2) -> Model:
+    """Every size small, equal sizes equal, and enough blocks for an uneven cut into stages."""
+    sizes = Sizes(widths=_sizes(model), heads=largest)
+    repeats = sum(len(b.value.body) for b in model.body if isinstance(b.value, Repeat))
+    wanted = stages + 1 if stages > 1 else 2
+    rounds = -(-wanted // max(repeats, 1))
+    return replace(
+        model,
+        vocab=_vocab(model.vocab),
+        context=_context(model.context),
+        width=sizes.widths[model.width],
+        blocks=tuple(_block(b, sizes) for b in model.blocks),
+        body=tuple(_binding(b, sizes, rounds) for b in model.body),
+    )
+
+
+def _operators(model: Model) -> list[Operator]:
+    found: list[Operator] = []
+
+    def visit(expr: Expr | Repeat) -> None:
+        match expr:
+            case Operator(inputs=inputs):
+                found.append(expr)
+                for e in inputs:
+                    visit(e)
+            case BlockUse(inputs=inputs):
+                for e in inputs:
+                    visit(e)
+            case Arithmetic(left=left, right=right):
+                visit(left)
+                visit(right)
+            case Repeat(body=body):
+                for use in body:
+                    visit(use)
+
+    for block in model.blocks:
+        for statement in block.body:
+            visit(statement.value)
+    for binding in model.body:
+        visit(binding.value)
+    return found
+
+
+def _sizes(model: Model) -> dict[int, int]:
+    """Widths of the model -> small widths, distinct where they were."""
+    widths = {model.width}
+    for operator in _operators(model):
+        for name, value in operator.options:
+            if name in WIDTHS and isinstance(value, int) and value != model.vocab:
+                widths.add(value)
+    return {w: 32 + 16 * i for i, w in enumerate(sorted(widths))} | {
+        model.vocab: _vocab(model.vocab)
+    }
+
+
+def _vocab(size: int) -> int:
+    return 64 if size % 2 == 0 else 67
+
+
+def _context(_: int) -> int:
+    return TOKENS
+
+
+def _option(name: str, value: Option, sizes: Sizes, options: dict[str, Option]) -> Option:
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    match name:
+        case "width" | "out" | "ffn":
+            return sizes.widths[value]
+        case "vocab":
+            return _vocab(value)
+        case "context":
+            return _context(value)
+        case "kv_heads":
+            return min(value, sizes.heads)
+        case "heads":
+            kv_heads = options["kv_heads"]
+            assert isinstance(kv_heads, int), "heads come with key/value heads"
+            return min(kv_heads, sizes.heads) * min(value // kv_heads, 2)
+        case "head_size":
+            return HEAD_SIZE
+        case "window":
+            return min(value, 5)
+        case _:
+            return value
+
+
+def _operator(operator: Operator, sizes: Sizes) -> Operator:
+    options = dict(operator.options)
+    small = tuple((n, _option(n, v, sizes, options)) for n, v in operator.options)
+    inputs = tuple(_expr(e, sizes) for e in operator.inputs)
+    return replace(operator, options=small, inputs=inputs)
+
+
+def _use(use: Operator | BlockUse, sizes: Sizes) -> Operator | BlockUse:
+    if isinstance(use, Operator):
+        return _operator(use, sizes)
+    return replace(use, inputs=tuple(_expr(e, sizes) for e in use.inputs))
+
+
+def _expr(expr: Expr, sizes: Sizes) -> Expr:
+    match expr:
+        case Operator() | BlockUse():
+            return _use(expr, sizes)
+        case Arithmetic(left=left, right=right):
+            return replace(expr, left=_expr(left, sizes), right=_expr(right, sizes))
+        case _:
+            return expr
+
+
+def _block(block: Block, sizes: Sizes) -> Block:
+    def small(statement: Assign) -> Assign:
+        return replace(statement, value=_expr(statement.value, sizes))
+
+    return replace(block, body=tuple(small(s) for s in block.body))
+
+
+def _binding(binding: Binding, sizes: Sizes, rounds: int) -> Binding:
+    value = binding.value
+    if isinstance(value, Repeat):
+        body = tuple(_use(use, sizes) for use in value.body)
+        return replace(binding, value=replace(value, body=body, count=min(value.count, rounds)))
+    return replace(binding, value=_expr(value, sizes))  # type: ignore[arg-type]

@@ -1,0 +1,139 @@
+"""How many parameters a model has, and how many operators: from the options alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llmspec.dsl.program import (
+    Arithmetic,
+    BlockUse,
+    Expr,
+    Model,
+    Operator,
+    Option,
+    Repeat,
+)
+
+
+def operator_parameters(use: Operator) -> int:
+    def size(name: str) -> int:
+        value: Option = use.option(name)
+        assert isinstance(value, int), f"{use.operator}.{name} is a number"
+        return int(value)
+
+    match use.operator:
+        case "embed":
+            rows = size("vocab") + (size("context") if use.option("positions") == "learned" else 0)
+            return rows * size("width")
+        case "unembed":
+            table = 0 if use.option("tied") is not None else size("vocab") * size("width")
+            return table + size("bias") * size("vocab")
+        case "linear":
+            return (size("width") + size("bias")) * size("out")
+        case "attention":
+            return attention_parameters(
+                size("width"),
+                size("heads") * size("head_size"),
+                size("kv_heads") * size("head_size"),
+                size("bias"),
+            )
+        case "mlp":
+            width, ffn, bias = size("width"), size("ffn"), size("bias")
+            return 2 * width * ffn + bias * (width + ffn)
+        case "swiglu" | "geglu":
+            return 3 * size("width") * size("ffn")
+        case "layernorm":
+            return (1 + size("bias")) * size("width")
+        case "rmsnorm":
+            return size("width")
+        case _:
+            return 0
+
+
+def attention_parameters(width: int, queries: int, keys: int, bias: int) -> int:
+    return width * (2 * queries + 2 * keys) + bias * (queries + 2 * keys + width)
+
+
+def uses_in(expr: Expr) -> Iterator[Operator | BlockUse]:
+    """Every use inside an expression, by a loop: expressions may be deep."""
+    stack: list[Expr] = [expr]
+    while stack:
+        found = stack.pop()
+        match found:
+            case Operator() | BlockUse():
+                yield found
+                stack.extend(found.inputs)
+            case Arithmetic():
+                stack.extend((found.left, found.right))
+
+
+class Counter:
+    """Totals per block are worked out once; a shared instance counts once for parameters."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.blocks: dict[str, tuple[int, int]] = {}
+
+    def block(self, name: str) -> tuple[int, int]:
+        """(parameters, operators) of one use of a block."""
+        if name not in self.blocks:
+            uses = [u for a in self.model.block(name).body for u in uses_in(a.value)]
+            self.blocks[name] = self.total(uses)
+        return self.blocks[name]
+
+    def total(self, uses: list[Operator | BlockUse]) -> tuple[int, int]:
+        parameters = operators = 0
+        seen: set[str] = set()
+        for use in uses:
+            one, count = self.use(use)
+            parameters += 0 if use.name in seen else one
+            operators += count
+            seen.add(use.name)
+        return parameters, operators
+
+    def use(self, use: Operator | BlockUse) -> tuple[int, int]:
+        if isinstance(use, BlockUse):
+            return self.block(use.block)
+        return operator_parameters(use), 1
+
+    def model_total(self) -> tuple[int, int]:
+        plain: list[Operator | BlockUse] = []
+        parameters = operators = 0
+        for binding in self.model.body:
+            if isinstance(binding.value, Repeat):
+                one, count = self.total(list(binding.value.body))
+                parameters += one * binding.value.count
+                operators += count * binding.value.count
+            else:
+                plain += uses_in(binding.value)
+        one, count = self.total(plain)
+        return parameters + one, operators + count
+
+
+def count_parameters(model: Model) -> int:
+    return Counter(model).model_total()[0]
+
+
+def count_uses(model: Model) -> int:
+    return Counter(model).model_total()[1]
+
+
+def count_blocks(model: Model) -> int:
+    """Uses of blocks in the model's chain: where a pipeline may cut."""
+    total = 0
+    for binding in model.body:
+        match binding.value:
+            case BlockUse():
+                total += 1
+            case Repeat(count=count, body=body):
+                total += count * sum(isinstance(use, BlockUse) for use in body)
+    return total
+
+
+def operators_of(model: Model, name: str) -> Iterator[Operator]:
+    """Every distinct use of the named operator, in blocks and body."""
+    values = [a.value for block in model.blocks for a in block.body]
+    for binding in model.body:
+        values += binding.value.body if isinstance(binding.value, Repeat) else [binding.value]
+    for value in values:
+        yield from (u for u in uses_in(value) if isinstance(u, Operator) and u.operator == name)

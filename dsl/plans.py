@@ -1,0 +1,373 @@
+"""A `plan` section in; its constraints out, those refused that no plan of the spec can keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import gcd, prod
+
+from llmspec.dsl import syntax
+from llmspec.dsl.diagnostics import Fault, SpecError, did_you_mean, fault, listing
+from llmspec.dsl.hardware import unknown_key
+from llmspec.dsl.options import PLAN, PlanRow
+from llmspec.dsl.parameters import count_blocks, operators_of
+from llmspec.dsl.parse import parse
+from llmspec.dsl.program import AnyModel, Cluster, Constraint, Model, Option, Relation, Span, Train
+from llmspec.dsl.values import Value, Word, evaluate, no_meaning, show, whole
+
+AXES = ("data", "tensor", "pipeline")
+
+
+def constraints_of(section: syntax.Section) -> tuple[list[Constraint], list[Fault]]:
+    """What the lines say, each by itself. `auto` says nothing."""
+    found: list[Constraint] = []
+    faults: list[Fault] = []
+    for statement in section.body:
+        try:
+            made = constraint_of(statement)
+        except Fault as error:
+            faults.append(error)
+            continue
+        if made is not None:
+            found.append(made)
+    return found, faults
+
+
+def constraint_of(statement: syntax.Statement) -> Constraint | None:
+    if not isinstance(statement, syntax.Setting):
+        raise fault("E0501", "a plan is a list of `key = value` lines", statement.span)
+    row = PLAN.get(statement.key.text)
+    if row is None:
+        raise unknown_key("plan", statement.key.text, PLAN, statement.key.span)
+    if isinstance(statement.value, syntax.Name) and statement.value.text == "auto":
+        return None
+    if not row.meaning:
+        raise no_meaning(f"`{row.name}`", statement.span)
+    relation = Relation(statement.relation)
+    if relation in (Relation.LE, Relation.GE) and row.least is None:
+        raise fault("E0402", f"`{row.name}` has no order", statement.span, "use `=` or `in [..]`")
+    return Constraint(
+        key=row.name,
+        relation=relation,
+        values=values_of(row, relation, statement),
+        span=statement.span,
+    )
+
+
+def values_of(row: PlanRow, relation: Relation, statement: syntax.Setting) -> tuple[Option, ...]:
+    node = statement.value
+    if relation == Relation.IN:
+        if not isinstance(node, syntax.Sequence) or not node.items:
+            raise fault("E0402", "`in` needs a list", node.span, "like `[1, 2, 4]`")
+        return tuple(one_value(row, relation, item) for item in node.items)
+    return (one_value(row, relation, node),)
+
+
+def one_value(row: PlanRow, relation: Relation, node: syntax.Node) -> Option:
+    value = plan_word(node) if row.words else evaluate(node)
+    if row.name == "stages":
+        result: Option = stages_of(value, node)
+    elif row.words:
+        result = word_of(row, value, node)
+    else:
+        result = whole(value, node.span, f"`{row.name}`", least=row.least or 0)
+        if row.most is not None and result > row.most:
+            raise fault("E0402", f"`{row.name}` goes from {row.least} to {row.most}", node.span)
+    bound_holds = relation == Relation.LE and row.now and result >= row.now[0]  # type: ignore[operator]
+    if row.now and result not in row.now and not bound_holds:
+        raise no_meaning(f"`{row.name} = {result}`", node.span)
+    return result
+
+
+def plan_word(node: syntax.Node) -> Value:
+    """`none` and `1f1b` are words here."""
+    if isinstance(node, syntax.Name):
+        return Word(node.text)
+    if isinstance(node, syntax.Text):
+        return Word(node.value)
+    if isinstance(node, syntax.Sequence):
+        return ()
+    return evaluate(node)
+
+
+def word_of(row: PlanRow, value: Value, node: syntax.Node) -> str:
+    if isinstance(value, Word) and value.text in row.words:
+        return value.text
+    if isinstance(value, tuple) and row.name in ("recompute", "offload"):
+        raise no_meaning(f"a list for `{row.name}`", node.span)
+    name = value.text if isinstance(value, Word) else ""
+    raise fault(
+        "E0402",
+        f"`{row.name}` cannot be {show(value)}",
+        node.span,
+        f"expected {listing(row.words)}",
+        helps=did_you_mean(name, row.words),
+    )
+
+
+def stages_of(value: Value, node: syntax.Node) -> tuple[int, ...]:
+    if isinstance(value, tuple) and value:
+        return tuple(whole(v, node.span, "a stage", least=0) for v in value)
+    raise fault(
+        "E0402", "`stages` is a list of numbers of blocks", node.span, "like `[8, 8, 8, 8]`"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Legality
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pins:
+    """The constraints by key, and what they are checked against (None: has faults of its own)."""
+
+    constraints: tuple[Constraint, ...]
+    model: AnyModel | None
+    cluster: Cluster | None
+    train: Train | None
+
+    def pinned(self, key: str) -> Constraint | None:
+        return next(
+            (c for c in self.constraints if c.key == key and c.relation == Relation.EQ), None
+        )
+
+    def number(self, key: str) -> int | None:
+        pin = self.pinned(key)
+        value = pin.values[0] if pin else None
+        return value if isinstance(value, int) else None
+
+    def spans(self, keys: Iterable[str]) -> list[Span]:
+        return [pin.span for key in keys if (pin := self.pinned(key))]
+
+
+def check_pins(pins: Pins) -> list[Fault]:
+    faults: list[Fault] = []
+    for rule in RULES:
+        try:
+            rule(pins)
+        except Fault as error:
+            spans = [f.diagnostic.span for f in faults]
+            if error.diagnostic.span not in spans:  # one line, one message
+                faults.append(error)
+            if rule is contradictions:
+                break  # what follows would read only one of the two
+    return faults
+
+
+def contradictions(pins: Pins) -> None:
+    """Two lines about one key that no value satisfies."""
+    for index, one in enumerate(pins.constraints):
+        for other in pins.constraints[:index]:
+            if one.key == other.key and not compatible(one, other):
+                raise fault(
+                    "E0407",
+                    f"no `{one.key}` satisfies both lines",
+                    one.span,
+                    "this one",
+                    secondary=((other.span, "and this one"),),
+                )
+
+
+def compatible(one: Constraint, other: Constraint) -> bool:
+    for a, b in ((one, other), (other, one)):
+        if a.relation in (Relation.EQ, Relation.IN):
+            return any(b.allows(v) for v in a.values)
+    if one.relation == other.relation:
+        return True
+    low, high = (one, other) if one.relation == Relation.GE else (other, one)
+    return low.values[0] <= high.values[0]  # type: ignore[operator]
+
+
+def tensor_splits_heads(pins: Pins) -> None:
+    if not isinstance(pins.model, Model):
+        return
+    heads = heads_of(pins.model)
+    if not heads:
+        return
+    common = gcd(*heads)
+    for constraint in pins.constraints:
+        if constraint.key != "tensor" or constraint.relation not in (Relation.EQ, Relation.IN):
+            continue
+        if any(isinstance(v, int) and common % v == 0 for v in constraint.values):
+            continue
+        value = constraint.values[0]
+        assert isinstance(value, int), "tensor takes numbers"
+        world = pins.cluster.world_size if pins.cluster else common
+        legal = [d for d in range(1, common + 1) if common % d == 0 and world % d == 0]
+        near = sorted(sorted(legal, key=lambda d: abs(d - value))[:3])
+        fewest = min(heads)
+        raise fault(
+            "E0403",
+            f"{value} tensor ranks cannot share {fewest} key/value heads",
+            constraint.span,
+            "every rank holds the same number of whole heads",
+            helps=("use " + listing(f"tensor = {d}" for d in near),),
+        )
+
+
+def heads_of(model: Model) -> list[int]:
+    found = [use.option("kv_heads") for use in operators_of(model, "attention")]
+    return [h for h in found if isinstance(h, int)]
+
+
+def axes_fill_world(pins: Pins) -> None:
+    if pins.cluster is None:
+        return
+    world = pins.cluster.world_size
+    sizes = {key: n for key in AXES if (n := pins.number(key)) is not None}
+    if not sizes:
+        return
+    product = prod(sizes.values())
+    whole_mesh = len(sizes) == len(AXES)
+    if product == world or (not whole_mesh and world % product == 0):
+        return
+    *earlier, last = pins.spans(sizes)
+    verb = "is not" if whole_mesh else "does not divide"
+    raise fault(
+        "E0404",
+        f"{factors(sizes)} {verb} the cluster's {world} devices",
+        last,
+        secondary=[(span, "with this") for span in earlier],
+        helps=axis_help(sizes, world),
+    )
+
+
+def factors(sizes: dict[str, int]) -> str:
+    """`data 8 × microbatch 3 = 24`; a single one as it is."""
+    text = " × ".join(f"{key} {n}" for key, n in sizes.items())
+    return text if len(sizes) == 1 else f"{text} = {prod(sizes.values())}"
+
+
+def axis_help(sizes: dict[str, int], world: int) -> tuple[str, ...]:
+    """The last pinned axis, made to fit the others."""
+    *others, last = sizes
+    rest = prod(sizes[k] for k in others)
+    if world % rest:
+        return ()
+    left = world // rest
+    fits = [left] if len(sizes) == len(AXES) else [d for d in range(1, left + 1) if left % d == 0]
+    near = sorted(fits, key=lambda d: abs(d - sizes[last]))[:3]
+    return ("use " + listing(f"{last} = {d}" for d in sorted(near)),)
+
+
+def stages_cut_blocks(pins: Pins) -> None:
+    if not isinstance(pins.model, Model):
+        return
+    blocks = count_blocks(pins.model)
+    pin = pins.pinned("pipeline")
+    ranks = pins.number("pipeline")
+    if pin and ranks and ranks > max(1, blocks):
+        raise fault(
+            "E0405",
+            f"{ranks} pipeline ranks cannot share {blocks} blocks",
+            pin.span,
+            "every rank holds at least one block",
+            helps=(f"at most `pipeline = {max(1, blocks)}`",),
+        )
+    stages = pins.pinned("stages")
+    if stages is None:
+        return
+    cut = stages.values[0]
+    assert isinstance(cut, tuple), "stages is a list"
+    total = sum(n for n in cut if isinstance(n, int))
+    if total != blocks:
+        raise fault("E0406", f"the stages hold {total} blocks, the model has {blocks}", stages.span)
+    if pin and ranks != len(cut):
+        raise fault(
+            "E0406",
+            f"{len(cut)} stages for {ranks} pipeline ranks",
+            stages.span,
+            secondary=((pin.span, "pinned here"),),
+        )
+
+
+def shards_are_data(pins: Pins) -> None:
+    shard, data, zero = pins.pinned("shard"), pins.number("data"), pins.number("zero")
+    ranks = pins.number("shard")
+    if shard is None or ranks is None:
+        return
+    if data is not None and (ranks > data or data % ranks):
+        near = [d for d in range(1, data + 1) if data % d == 0]
+        near = sorted(sorted(near, key=lambda d: abs(d - ranks))[:3])
+        raise fault(
+            "E0407",
+            f"{ranks} shards do not fit {data} data ranks",
+            shard.span,
+            secondary=[(s, "pinned here") for s in pins.spans(["data"])],
+            helps=("use " + listing(f"shard = {d}" for d in near),),
+        )
+    if zero == 0 and ranks > 1:
+        raise fault(
+            "E0407",
+            "`zero = 0` shards nothing",
+            shard.span,
+            secondary=[(s, "pinned here") for s in pins.spans(["zero"])],
+            helps=("leave `shard` out, or set `zero` to 1, 2 or 3",),
+        )
+
+
+def sequence_needs_tensor(pins: Pins) -> None:
+    sequence = pins.pinned("sequence")
+    if sequence and sequence.values[0] == "on" and pins.number("tensor") == 1:
+        raise fault(
+            "E0407",
+            "`sequence = on` splits over tensor ranks, and there is one",
+            sequence.span,
+            secondary=[(s, "pinned here") for s in pins.spans(["tensor"])],
+        )
+
+
+def batch_divides(pins: Pins) -> None:
+    """`data` × `microbatch` must divide the batch; either alone must too."""
+    if pins.train is None:
+        return
+    batch = pins.train.batch_sequences
+    sizes = {k: n for k in ("data", "microbatch") if (n := pins.number(k)) is not None}
+    unit = prod(sizes.values())
+    if not sizes or batch % unit == 0:
+        return
+    *earlier, last = pins.spans(sizes)
+    length = pins.train.sequence_length
+    near = [n for n in (batch // unit * unit, (batch // unit + 1) * unit) if n]
+    batch_span = pins.train.key_spans.get("batch")
+    secondary = [(span, "with this") for span in earlier]
+    if batch_span is not None:
+        secondary.append((batch_span, f"{batch} sequences of {length} tokens"))
+    raise fault(
+        "E0408",
+        f"{factors(sizes)} does not divide a batch of {batch} sequences",
+        last,
+        secondary=secondary,
+        helps=("use " + listing(f"batch = {n} sequences" for n in near),),
+    )
+
+
+RULES: tuple[Callable[[Pins], None], ...] = (
+    contradictions,
+    tensor_splits_heads,
+    axes_fill_world,
+    stages_cut_blocks,
+    shards_are_data,
+    sequence_needs_tensor,
+    batch_divides,
+)
+
+
+def parse_block(text: str) -> tuple[Constraint, ...]:
+    """Errors: SpecError."""
+    path = "plan"
+    file, diagnostics = parse(path, text)
+    found: list[Constraint] = []
+    sections = [d for d in file.declarations if isinstance(d, syntax.Section) and d.kind == "plan"]
+    if not diagnostics and (len(sections) != 1 or len(file.declarations) != 1):
+        span = Span(path, 1, 1, 1, 2)
+        diagnostics = [fault("E0501", "this is not one `plan { … }` block", span).diagnostic]
+    for section in sections[:1]:
+        found, faults = constraints_of(section)
+        diagnostics += [f.diagnostic for f in faults]
+    if not diagnostics:
+        pins = Pins(constraints=tuple(found), model=None, cluster=None, train=None)
+        diagnostics = [f.diagnostic for f in check_pins(pins)]
+    if diagnostics:
+        raise SpecError(diagnostics, {path: text})
+    return tuple(found)

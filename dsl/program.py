@@ -1,0 +1,372 @@
+"""What a spec means: the frozen, unit-checked value that `dsl` hands to the compiler.
+
+Everything is in base units (bytes, seconds, bytes/s, operations/s, tokens, sequences), every
+default is
+filled in, every template is instantiated, every name is resolved. Nothing here knows syntax; spans
+are
+kept only so that later phases can point at the user's file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+Scalar = bool | int | float | str | None
+"""A value that an operator's option can hold (tuples of scalars too)."""
+
+Option = Scalar | tuple["Option", ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of the user's file. Lines and columns count from 1; `end_column` is exclusive."""
+
+    path: str
+    line: int
+    column: int
+    end_line: int
+    end_column: int
+
+
+# --------------------------------------------------------------------------------------------------
+# Models
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A value by name: a block's input, an assigned name, or a binding of the model's body."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A plain number inside tensor arithmetic (`0.5 * x`)."""
+
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arithmetic:
+    """Element-wise `left op right`, op one of + - * /."""
+
+    op: str
+    left: Expr
+    right: Expr
+    span: Span
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operator:
+    """One use of a built-in operator.
+
+    operator: its name in the language (`attention`).
+    name: the instance, unique in its block or model body (`attention`, `rmsnorm_2`); two uses with
+        one
+        name share their parameters (`let`).
+    inputs: in the operator's declared order; inputs that were left out (`over=`) are not there.
+    options: every declared option with its value, defaults filled in, flags as bools; sorted by
+        name.
+    """
+
+    operator: str
+    name: str
+    inputs: tuple[Expr, ...]
+    options: tuple[tuple[str, Option], ...]
+    span: Span
+
+    def option(self, name: str) -> Option:
+        return dict(self.options)[name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockUse:
+    """One use of a block. `name` as for `Operator`; `inputs` in the order of the block's
+    parameters.
+    """
+
+    block: str
+    name: str
+    inputs: tuple[Expr, ...]
+    span: Span
+
+
+Expr = Ref | Number | Arithmetic | Operator | BlockUse
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assign:
+    target: str
+    value: Expr
+    span: Span
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A block maps its inputs to the final value of the first one. Each use has its own
+    parameters.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    body: tuple[Assign, ...]
+    span: Span
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repeat:
+    """`count` rounds of `body`, the output of each use feeding the first input of the next.
+
+    The first use of the first round reads `input`; further inputs of a use (`src=`) are the same in
+    every
+    round. In `body`, the fed input is written `Ref("")`.
+    """
+
+    count: int
+    body: tuple[Operator | BlockUse, ...]
+    input: Ref
+    span: Span
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Binding:
+    """`name` is unique in the model's body; later bindings refer to it by `Ref(name)`."""
+
+    name: str
+    value: Operator | BlockUse | Repeat | Arithmetic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A model written in the language, its parameters bound.
+
+    inputs: the free names of the body (`tokens`, or `source` and `target`).
+    body: bindings in order; the last one is the model's output (logits).
+    """
+
+    name: str
+    vocab: int
+    context: int
+    width: int
+    inputs: tuple[str, ...]
+    blocks: tuple[Block, ...]
+    body: tuple[Binding, ...]
+    span: Span
+
+    def block(self, name: str) -> Block:
+        return next(b for b in self.blocks if b.name == name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PythonModel:
+    """`python("file.py", "Class", name=value …)`; `path` is relative to the spec's folder."""
+
+    name: str
+    path: str
+    attribute: str
+    arguments: tuple[tuple[str, Option], ...]
+    span: Span
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HuggingFaceModel:
+    """`huggingface("config.json")`."""
+
+    name: str
+    path: str
+    span: Span
+
+
+AnyModel = Model | PythonModel | HuggingFaceModel
+
+
+# --------------------------------------------------------------------------------------------------
+# Hardware
+
+
+class DeviceKind(StrEnum):
+    GPU = "gpu"
+    CPU = "cpu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One GPU, or one CPU process.
+
+    memory_bytes: nominal; usable_bytes: what a program can really allocate.
+    peak_flops: dense operations/s by type (`bf16`, `fp8`, `tf32`, `fp32`, …); a type it lacks is
+        absent.
+    link_bytes_per_s: one direction, per device, inside a node; None: no link but the host's.
+    host_link_bytes_per_s: one direction to host memory.
+    price_per_hour: in `currency`-less units, None when unknown.
+    constants: documented fixed costs and latencies by name (`launch_s`, `link_latency_s`,
+        `network_latency_s`, `fixed_bytes`, `matmul_efficiency`, `memory_efficiency` …).
+    """
+
+    name: str
+    kind: DeviceKind
+    memory_bytes: int
+    usable_bytes: int
+    memory_bytes_per_s: float
+    peak_flops: Mapping[str, float]
+    link_bytes_per_s: float | None
+    host_link_bytes_per_s: float | None
+    price_per_hour: float | None
+    constants: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """nodes × devices_per_node. With `nodes <= N` (max_nodes) the count is left to the search.
+
+    network_bytes_per_s: between nodes, one direction, per device.
+    """
+
+    name: str
+    device: Device
+    devices_per_node: int
+    nodes: int
+    nodes_are_bound: bool = False
+    """True when the spec wrote `nodes <= N`."""
+    network_bytes_per_s: float
+    span: Span
+
+    @property
+    def world_size(self) -> int:
+        return self.devices_per_node * self.nodes
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A named choice with options, defaults filled in: `adamw(lr=3e-4)`, `text("*.py")`, `bf16(…)`.
+
+    arguments: positional ones. Which names and options exist is the table in `dsl/options.py`.
+    """
+
+    name: str
+    arguments: tuple[Option, ...] = ()
+    options: tuple[tuple[str, Option | Call], ...] = ()
+    span: Span
+
+    def option(self, name: str) -> Option | Call:
+        return dict(self.options)[name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Every:
+    """`every(500, …)`: steps between two events, and the event's options."""
+
+    steps: int
+    options: tuple[tuple[str, Option | Call], ...] = ()
+
+    def option(self, name: str) -> Option | Call:
+        return dict(self.options)[name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Train:
+    """One `train` block.
+
+    dataset: Call `text` (arguments: glob patterns; options tokenizer), `tokens` (patterns) or
+        `synthetic`.
+    batch_sequences: per optimizer step over the whole cluster; batch_tokens = that ×
+        sequence_length.
+    steps: optimizer steps (already worked out from `tokens =` or `chinchilla` when the model is
+        known;
+        None only for models whose parameter count needs tracing, then `tokens` holds the target).
+    learning_rate: phases in order, each a Call: warmup(steps), constant(), cosine(to, steps?),
+        linear(to, steps?).
+    """
+
+    name: str
+    dataset: Call
+    sequence_length: int
+    batch_sequences: int
+    steps: int | None
+    tokens: int | None
+    optimizer: Call
+    learning_rate: tuple[Call, ...]
+    precision: Call
+    objective: Call
+    validate: Every | None
+    checkpoint: Every | None
+    log: Every
+    seed: int
+    span: Span
+    key_spans: Mapping[str, Span] = field(default_factory=dict)
+    """Where each written key stands, for later diagnostics."""
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.batch_sequences * self.sequence_length
+
+
+class Prefer(StrEnum):
+    THROUGHPUT = "throughput"
+    FEWEST_GPUS = "fewest gpus"
+    MEMORY = "memory"
+    COST = "cost"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """memory_bytes: per device; the default is what the device can really hand out."""
+
+    memory_bytes: int
+    host_memory_bytes: int | None = None
+    deadline_s: float | None = None
+    span: Span | None = None
+
+
+class Relation(StrEnum):
+    EQ = "="
+    LE = "<="
+    GE = ">="
+    IN = "in"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constraint:
+    """One line of a `plan` block that is not `auto`. For EQ, LE, GE `values` holds one value.
+
+    key: one of the plan keys of the language reference (`tensor`, `zero`, `recompute`, `stages` …).
+    """
+
+    key: str
+    relation: Relation
+    values: tuple[Option, ...]
+    span: Span
+
+    def allows(self, value: Option) -> bool:
+        match self.relation:
+            case Relation.EQ | Relation.IN:
+                return value in self.values
+            case Relation.LE:
+                return value <= self.values[0]  # type: ignore[operator]
+            case Relation.GE:
+                return value >= self.values[0]  # type: ignore[operator]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """A whole checked spec: one model, one cluster, one training run.
+
+    path: the spec, as the user named it. folder: where relative paths start.
+    source_hash: sha256 over the canonical text of the spec and of all it imports, 12 hex digits.
+    """
+
+    path: str
+    folder: str
+    source_hash: str
+    model: AnyModel
+    cluster: Cluster
+    train: Train
+    budget: Budget
+    plan: tuple[Constraint, ...]
+    prefer: Prefer

@@ -1,0 +1,397 @@
+"""A `train` section, its model and its cluster in; a `Train` with every default filled in out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from math import ceil
+from typing import TypeVar
+
+from llmspec.dsl import options, syntax
+from llmspec.dsl.choices import read_call, read_options
+from llmspec.dsl.diagnostics import Fault, fault, listing
+from llmspec.dsl.hardware import equal_only, settings_of
+from llmspec.dsl.parameters import count_parameters
+from llmspec.dsl.program import AnyModel, Call, Cluster, Every, Model, Option, Span, Train
+from llmspec.dsl.units import EXAMPLES, Dimension, Measure
+from llmspec.dsl.values import Word, evaluate, no_meaning, plain, show, whole
+
+DEFAULT_BATCH_TOKENS = 2**19
+"""Half a million tokens a step, as GPT-3's small models (Brown 2020, table 2.1)."""
+TOKENS_PER_PARAMETER = 20
+"""`chinchilla`: Hoffmann 2022, table 3."""
+DEFAULT_WARMUP = 2000
+DEFAULT_CHECKPOINT = 1000
+DEFAULT_LOG = 10
+
+T = TypeVar("T")
+
+
+class Quiet(Exception):
+    """A key that cannot be read because of a fault reported elsewhere."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What the keys of a train block are read against. model: None when it has faults."""
+
+    nodes: dict[str, syntax.Node]
+    section: syntax.Section
+    model: AnyModel | None
+    cluster: Cluster | None
+
+    def spans(self) -> dict[str, Span]:
+        return {key: node.span for key, node in self.nodes.items()}
+
+
+class Reader:
+    """Reads key by key, so that each key's fault is reported."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.nodes = context.nodes
+        self.faults: list[Fault] = []
+        self.incomplete = False
+
+    def read(self) -> Train | None:
+        c = self.context
+        dataset = self.attempt(self.dataset)
+        sequence = self.attempt(self.sequence_length)
+        batch = (
+            self.attempt(lambda: self.batch(sequence))
+            if sequence
+            else self.attempt(self.batch_unit)
+        )
+        steps = self.attempt(lambda: self.steps(sequence, batch)) if sequence and batch else None
+        optimizer = self.attempt(self.optimizer)
+        phases = self.attempt(lambda: self.phases(optimizer, steps[0] if steps else None))
+        precision = self.attempt(self.precision)
+        objective = self.attempt(self.objective)
+        validate = self.attempt(lambda: self.event("validate", None))
+        checkpoint = self.attempt(lambda: self.event("checkpoint", DEFAULT_CHECKPOINT))
+        log = self.attempt(lambda: self.event("log", DEFAULT_LOG))
+        seed = self.attempt(self.seed)
+        if (
+            self.faults
+            or self.incomplete
+            or not (sequence and batch and steps and dataset and optimizer and phases)
+        ):
+            return None
+        assert precision and objective and log and seed is not None, "read without faults"
+        return Train(
+            name=c.section.name or "train",
+            dataset=dataset,
+            sequence_length=sequence,
+            batch_sequences=batch,
+            steps=steps[0],
+            tokens=steps[1],
+            optimizer=optimizer,
+            learning_rate=phases,
+            precision=precision,
+            objective=objective,
+            validate=validate,
+            checkpoint=checkpoint,
+            log=log,
+            seed=seed,
+            span=c.section.head,
+            key_spans=c.spans(),
+        )
+
+    def attempt(self, read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except Quiet:
+            self.incomplete = True
+        except Fault as error:
+            self.faults.append(error)
+        return None
+
+    # Sizes
+
+    def sequence_length(self) -> int:
+        model = self.context.model
+        node = self.nodes.get("sequence_length")
+        context = model.context if isinstance(model, Model) else None
+        if node is None:
+            if context is not None:
+                return context
+            if model is None:
+                raise Quiet
+            raise fault(
+                "E0503",
+                "`sequence_length` is needed for a model that is not written in the language",
+                self.context.section.head,
+                "not given",
+            )
+        length = amount(evaluate(node), node.span, "`sequence_length`", (Dimension.TOKENS,))
+        if context is not None and length > context:
+            raise fault(
+                "E0505",
+                f"a sequence of {length} is longer than the model's context of {context}",
+                node.span,
+                secondary=(),
+                helps=(f"at most `sequence_length = {context}`",),
+            )
+        return length
+
+    def batch_unit(self) -> int:
+        node = self.nodes.get("batch")
+        if node is not None:
+            batch_amount(node)
+        raise Quiet
+
+    def batch(self, sequence: int) -> int:
+        node = self.nodes.get("batch")
+        world = self.context.cluster.world_size if self.context.cluster else 1
+        if node is None:
+            return ceil(max(1, DEFAULT_BATCH_TOKENS // sequence) / world) * world
+        count, dimension = batch_amount(node)
+        if dimension == Dimension.SEQUENCES:
+            return count
+        if count % sequence:
+            below = count // sequence * sequence
+            near = [n for n in (below, below + sequence) if n]
+            raise fault(
+                "E0506",
+                f"a batch of {count} tokens is not a whole number of sequences of {sequence}",
+                node.span,
+                f"{count} / {sequence} = {count / sequence:.2f}…",
+                helps=("use " + listing(f"batch = {n} tokens" for n in near),),
+            )
+        return count // sequence
+
+    # How long
+
+    def steps(self, sequence: int, batch: int) -> tuple[int | None, int | None]:
+        """(steps, tokens asked for)."""
+        if "steps" in self.nodes and "tokens" in self.nodes:
+            raise fault(
+                "E0507",
+                "`steps` and `tokens` both say how long to train",
+                self.nodes["tokens"].span,
+                "the second one",
+                secondary=((self.nodes["steps"].span, "the first one"),),
+            )
+        per_step = sequence * batch
+        if "tokens" in self.nodes:
+            node = self.nodes["tokens"]
+            tokens = amount(evaluate(node), node.span, "`tokens`", (Dimension.TOKENS,))
+            return ceil(tokens / per_step), tokens
+        node = self.nodes.get(
+            "steps", syntax.Name(text="chinchilla", span=self.context.section.head)
+        )
+        value = evaluate(node)
+        if value != Word("chinchilla"):
+            if isinstance(value, Word):
+                raise fault(
+                    "E0504",
+                    f"`steps` cannot be {show(value)}",
+                    node.span,
+                    "expected a number or `chinchilla`",
+                )
+            return whole(value, node.span, "`steps`", least=1), None
+        model = self.context.model
+        if not isinstance(model, Model):
+            return None, None
+        tokens = TOKENS_PER_PARAMETER * count_parameters(model)
+        return ceil(tokens / per_step), tokens
+
+    # Choices
+
+    def choice(self, key: str, rows: tuple[options.CallRow, ...], default: str) -> Call:
+        node = self.nodes.get(key, syntax.Name(text=default, span=self.context.section.head))
+        return read_call(node, rows, key)
+
+    def dataset(self) -> Call:
+        if "dataset" not in self.nodes:
+            raise fault(
+                "E0503",
+                "a train block needs `dataset`",
+                self.context.section.head,
+                "not given",
+                helps=('write `dataset = text("*.txt")`, `tokens("*.bin")` or `synthetic`',),
+            )
+        return read_call(self.nodes["dataset"], options.DATASETS, "dataset")
+
+    def optimizer(self) -> Call:
+        return self.choice("optimizer", options.OPTIMIZERS, "adamw")
+
+    def objective(self) -> Call:
+        call = self.choice("objective", options.OBJECTIVES, "next_token")
+        model = self.context.model
+        if isinstance(model, Model) and model.inputs != ("tokens",):
+            inputs = listing(model.inputs).replace(" or ", " and ")
+            raise no_meaning(f"training a model that reads {inputs}", self.nodes["model"].span)
+        return call
+
+    def precision(self) -> Call:
+        cluster = self.context.cluster
+        default = "bf16" if cluster and "bf16" in cluster.device.peak_flops else "fp32"
+        call = self.choice("precision", options.PRECISIONS, default)
+        if cluster and call.name == "bf16" and call.name not in cluster.device.peak_flops:
+            raise fault(
+                "E0508",
+                f"`{cluster.device.name}` has no {call.name}",
+                self.nodes["precision"].span,
+                "it has " + ", ".join(cluster.device.peak_flops),
+                helps=("write `precision = fp32`",),
+            )
+        return call
+
+    def phases(self, optimizer: Call | None, steps: int | None) -> tuple[Call, ...]:
+        """The learning rate's phases. `steps`: of the run, None when not known yet."""
+        node = self.nodes.get("learning_rate")
+        parts = node.parts if isinstance(node, syntax.Then) else (node,) if node else ()
+        phases = tuple(read_call(p, options.PHASES, "learning_rate") for p in parts)
+        check_phases(phases, steps)
+        if optimizer is None:
+            raise Quiet
+        peak = optimizer.option("lr")
+        assert isinstance(peak, float), "lr is a number"
+        if node is None:
+            return self.default_phases(peak, steps)
+        return tuple(with_default(phase, "to", tenth(peak)) for phase in phases)
+
+    def default_phases(self, peak: float, steps: int | None) -> tuple[Call, ...]:
+        head = self.context.section.head
+        warmup = min(DEFAULT_WARMUP, steps // 10) if steps is not None else DEFAULT_WARMUP
+        cosine = Call(name="cosine", options=(("to", tenth(peak)), ("steps", None)), span=head)
+        if not warmup:
+            return (cosine,)
+        return (Call(name="warmup", options=(("steps", warmup),), span=head), cosine)
+
+    # Events
+
+    def event(self, key: str, default: int | None) -> Every | None:
+        rows = options.EVENTS[key]
+        node = self.nodes.get(key)
+        if node is None:
+            if default is None:
+                return None
+            return Every(steps=default, options=tuple((r.name, plain_default(r)) for r in rows))
+        if isinstance(node, syntax.Name) and node.text == "none" and key != "log":
+            return None
+        if not isinstance(node, syntax.Call) or node.function.text != "every":
+            raise fault("E0504", f"`{key}` says how often", node.span, "expected `every(steps)`")
+        if not node.arguments or node.arguments[0].name is not None:
+            raise fault("E0205", "`every` needs its number of steps", node.span, "comes first")
+        first = node.arguments[0]
+        steps = whole(evaluate(first.value), first.span, "`every`", least=1)
+        given = read_options(rows, node.arguments[1:], "every", node.span)
+        return Every(steps=steps, options=tuple((r.name, event_option(r, given)) for r in rows))
+
+    def seed(self) -> int:
+        node = self.nodes.get("seed")
+        return 1 if node is None else whole(evaluate(node), node.span, "`seed`", least=0)
+
+
+def amount(value: object, span: Span, what: str, dimensions: tuple[Dimension, ...]) -> int:
+    """A whole number, plain or in one of the dimensions."""
+    if isinstance(value, Measure):
+        if value.dimension not in dimensions or value.per is not None:
+            examples = " or ".join(f"`{EXAMPLES[d]}`" for d in dimensions)
+            raise fault(
+                "E0302",
+                f"{what} has the wrong unit",
+                span,
+                f"this is {show(value)}",
+                helps=(f"it is written like {examples}",),
+            )
+        value = value.value
+    return whole(value, span, what, least=1)  # type: ignore[arg-type]
+
+
+def batch_amount(node: syntax.Node) -> tuple[int, Dimension]:
+    value = evaluate(node)
+    dimensions = (Dimension.TOKENS, Dimension.SEQUENCES)
+    if plain(value):
+        raise fault(
+            "E0302",
+            "`batch` does not say of what",
+            node.span,
+            helps=(f"write `{show(value)} sequences`, or `4Mi tokens`",),
+        )
+    count = amount(value, node.span, "`batch`", dimensions)
+    assert isinstance(value, Measure), "amount took it"
+    return count, value.dimension
+
+
+def plain_default(row: options.OptionRow) -> Option:
+    assert not callable(row.default), "events have constant defaults"
+    return row.default
+
+
+def event_option(row: options.OptionRow, given: dict[str, syntax.Argument]) -> Option | Call:
+    if row.name not in given:
+        return plain_default(row)
+    argument = given[row.name]
+    if row.kind == options.Kind.CALL:
+        return read_call(argument.value, options.DATASETS, row.name)
+    return whole(evaluate(argument.value), argument.span, f"`{row.name}`", least=1)
+
+
+def tenth(value: float) -> float:
+    """In decimal: a tenth of 3e-4 is 3e-05."""
+    return float(Decimal(repr(value)) / 10)
+
+
+def with_default(call: Call, name: str, value: Option) -> Call:
+    changed = tuple((k, value if k == name and v is None else v) for k, v in call.options)
+    return replace(call, options=changed)
+
+
+def check_phases(phases: tuple[Call, ...], steps: int | None) -> None:
+    """Only the last phase may take what is left, and the phases fit into the run."""
+    total = 0
+    for index, phase in enumerate(phases):
+        length = phase.option("steps")
+        if length is None and index < len(phases) - 1:
+            raise fault(
+                "E0509",
+                f"`{phase.name}` takes all steps that are left, yet another phase follows",
+                phase.span,
+                helps=(f"give it a length: `{phase.name}(…, steps=1000)`",),
+            )
+        total += length if isinstance(length, int) else 0
+    if steps is not None and total > steps:
+        raise fault(
+            "E0509",
+            f"the learning rate's phases take {total} steps, the run has {steps}",
+            phases[-1].span,
+        )
+
+
+TRAIN_KEYS = options.TRAIN_KEYS
+
+
+def train_keys(section: syntax.Section) -> tuple[dict[str, syntax.Node], list[Fault]]:
+    """The block's values by key, and the faults of single lines."""
+    faults: list[Fault] = []
+    nodes: dict[str, syntax.Node] = {}
+    for statement in section.body:
+        try:
+            if isinstance(statement, syntax.Setting):
+                refuse_later(statement)
+            keys = settings_of([statement], TRAIN_KEYS, "train block")
+            for key, setting in keys.items():
+                if key in nodes:
+                    raise fault(
+                        "E0217",
+                        f"`{key}` is given twice",
+                        setting.key.span,
+                        "here again",
+                        secondary=((nodes[key].span, "first here"),),
+                    )
+                nodes[key] = equal_only(setting)
+        except Fault as error:
+            faults.append(error)
+    return nodes, faults
+
+
+def refuse_later(statement: syntax.Setting) -> None:
+    key = statement.key.text
+    if key in options.TRAIN_KEYS_LATER:
+        raise no_meaning(f"`{key}`", statement.span)
+    if statement.relation == "in" and key in TRAIN_KEYS:
+        raise no_meaning(f"a choice of `{key}` left to the search", statement.span)

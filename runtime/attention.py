@@ -1,0 +1,93 @@
+"""Attention of T queries to S keys and values, by PyTorch's kernels or with its square written out.
+
+B batch  T queries  S keys  H query heads  K key/value heads  E head width
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention(
+    q_BTHE: Tensor,
+    k_BSKE: Tensor,
+    v_BSKE: Tensor,
+    causal: bool,
+    window: int | None = None,
+    start: int = 0,
+) -> Tensor:
+    """Returns [B, T, H, E].
+
+    start: the first query's position among the keys, where queries are a slice of the sequence.
+    window: a token sees itself and the window - 1 before it (and after it, unless causal).
+    """
+    length, keys = q_BTHE.shape[1], k_BSKE.shape[1]
+    mask_TS = None
+    plain_causal = causal and start == 0 and length == keys
+    if _masked(causal and not plain_causal, window, length, keys, start):
+        plain_causal = False
+        mask_TS = _visible_like(q_BTHE, length, keys, causal, window, start)
+    out_BHTE = F.scaled_dot_product_attention(
+        q_BTHE.transpose(1, 2),
+        k_BSKE.transpose(1, 2),
+        v_BSKE.transpose(1, 2),
+        attn_mask=mask_TS,
+        is_causal=plain_causal,
+        enable_gqa=q_BTHE.shape[2] != k_BSKE.shape[2],
+    )
+    return out_BHTE.transpose(1, 2)
+
+
+def explicit_attention(
+    q_BTHE: Tensor,
+    k_BSKE: Tensor,
+    v_BSKE: Tensor,
+    causal: bool,
+    window: int | None = None,
+    start: int = 0,
+) -> Tensor:
+    """`attention` with scores and weights [B, H, T, S] written out; the softmax is in float32."""
+    length, keys = q_BTHE.shape[1], k_BSKE.shape[1]
+    repeat = q_BTHE.shape[2] // k_BSKE.shape[2]
+    k_BHSE = k_BSKE.transpose(1, 2).repeat_interleave(repeat, dim=1)
+    v_BHSE = v_BSKE.transpose(1, 2).repeat_interleave(repeat, dim=1)
+    scale = q_BTHE.shape[3] ** -0.5
+    scores_BHTS = (q_BTHE.transpose(1, 2) * scale) @ k_BHSE.transpose(2, 3)
+    if _masked(causal, window, length, keys, start):
+        mask_TS = _visible_like(q_BTHE, length, keys, causal, window, start)
+        scores_BHTS = scores_BHTS.masked_fill(~mask_TS, float("-inf"))
+    wide = torch.promote_types(scores_BHTS.dtype, torch.float32)
+    weights_BHTS = scores_BHTS.softmax(dim=-1, dtype=wide).to(v_BHSE.dtype)
+    return (weights_BHTS @ v_BHSE).transpose(1, 2)
+
+
+def _masked(causal: bool, window: int | None, length: int, keys: int, start: int) -> bool:
+    """Whether some query does not see some key."""
+    if causal and start < keys - 1:
+        return True
+    return window is not None and window <= max(start + length - 1, keys - 1 - start)
+
+
+def _visible_like(
+    x: Tensor, length: int, keys: int, causal: bool, window: int | None, start: int
+) -> Tensor:
+    # Masks made under a fake-tensor mode are fake: they must not outlive it.
+    visible = _visible if type(x) is Tensor else _visible.__wrapped__
+    return visible(x.device, length, keys, causal, window, start)
+
+
+@lru_cache(maxsize=4)
+def _visible(
+    device: torch.device, length: int, keys: int, causal: bool, window: int | None, start: int
+) -> Tensor:
+    with torch.inference_mode(False):
+        query_T1 = torch.arange(start, start + length, device=device)[:, None]
+        key_S = torch.arange(keys, device=device)
+        mask_TS = torch.ones(length, keys, dtype=torch.bool, device=device)
+        if causal:
+            mask_TS &= key_S <= query_T1
+        if window is not None:
+            mask_TS &= (query_T1 - key_S).abs() < window
+        return mask_TS

@@ -1,0 +1,56 @@
+"""Global gradient norm and clipping, on any mixture of plain, split and sharded parameters."""
+
+from collections.abc import Collection, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .gradients import local_gradient
+from .mesh import Mesh
+
+
+@torch.no_grad()
+def clip_(
+    parameters: Iterable[nn.Parameter],
+    mesh: Mesh,
+    max_norm: float | None,
+    *,
+    counted_elsewhere: Collection[nn.Parameter] = (),
+) -> Tensor:
+    """Scale all gradients by max_norm / norm if norm > max_norm; returns the norm before (float64).
+
+    max_norm: None only measures.
+    counted_elsewhere: copies of tied weights that another pipeline rank counts; scaled as well.
+    """
+    with_gradient = [p for p in parameters if p.grad is not None]
+    skip = {id(p) for p in counted_elsewhere}
+    counted = [p for p in with_gradient if id(p) not in skip]
+    norm = _norm(counted, mesh)
+    if max_norm is not None:
+        # the 1e-6 is that of torch.nn.utils.clip_grad_norm_
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        if with_gradient:
+            torch._foreach_mul_([local_gradient(p) for p in with_gradient], scale)
+    return norm
+
+
+def _norm(parameters: list[nn.Parameter], mesh: Mesh) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    for p in parameters:
+        norm = torch.linalg.vector_norm(local_gradient(p), dtype=torch.float64)
+        total += norm.square() / _copies(p, mesh)
+    if mesh.world.size > 1:
+        dist.all_reduce(total, group=mesh.world.group)
+    return total.sqrt()
+
+
+def _copies(p: nn.Parameter, mesh: Mesh) -> int:
+    """On how many ranks of one pipeline stage the same part lives."""
+    copies = mesh.world.size // mesh.pipeline.size
+    if isinstance(p, DTensor):
+        for mesh_dim, placement in enumerate(p.placements):
+            if hasattr(placement, "dim"):
+                copies //= p.device_mesh.size(mesh_dim)
+    return copies

@@ -1,0 +1,172 @@
+"""From the plan's axis sizes and torchrun's environment to process groups: `start(...) -> Mesh`.
+
+Rank order, outer to inner: pipeline, replicas, shards, context, tensor. Tensor is innermost.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from .errors import UserError
+
+AXES = ("pipeline", "replicas", "shards", "context", "tensor")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """One axis of the mesh seen from one rank; `group` holds the ranks that differ only in it."""
+
+    name: str
+    rank: int
+    size: int
+    group: Any  # dist.ProcessGroup; its stubs differ between builds of torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    """data = replicas x shards; reduction = data x context: all ranks that share a gradient sum."""
+
+    device: torch.device
+    whole: DeviceMesh
+    pipeline: Axis
+    replicas: Axis
+    shards: Axis
+    context: Axis
+    tensor: Axis
+    data: Axis
+    reduction: Axis
+    world: Axis
+    flat: dict[tuple[str, ...], DeviceMesh]
+
+    @staticmethod
+    def create(
+        device: torch.device | str,
+        *,
+        pipeline: int = 1,
+        replicas: int = 1,
+        shards: int = 1,
+        context: int = 1,
+        tensor: int = 1,
+    ) -> "Mesh":
+        """Needs a running process group of exactly pipeline * replicas * ... ranks."""
+        device = torch.device(device)
+        sizes = (pipeline, replicas, shards, context, tensor)
+        world = math.prod(sizes)
+        if dist.get_world_size() != world:
+            raise UserError(_wrong_world(dist.get_world_size(), sizes))
+        whole = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
+        flat: dict[tuple[str, ...], DeviceMesh] = {}
+        return Mesh(
+            device=device,
+            whole=whole,
+            **{name: _axis(whole, flat, name, name) for name in AXES},
+            data=_axis(whole, flat, "data", "replicas", "shards"),
+            reduction=_axis(whole, flat, "reduction", "replicas", "shards", "context"),
+            world=Axis(name="world", rank=dist.get_rank(), size=world, group=dist.group.WORLD),
+            flat=flat,
+        )
+
+    def devices(self, *axes: str) -> DeviceMesh:
+        """The submesh with these axes as its dims, for DTensor."""
+        return self.whole[axes[0]] if len(axes) == 1 else self.whole[axes]
+
+    def shard_devices(self) -> DeviceMesh:
+        """The mesh FSDP2 shards over: (shards x context), or (replicas, shards x context)."""
+        if self.context.size == 1:
+            hybrid = self.replicas.size > 1
+            return self.devices("replicas", "shards") if hybrid else self.devices("shards")
+        if self.replicas.size > 1:
+            raise UserError("hybrid sharding together with a context axis is not supported")
+        return self.flat["shards", "context"] if self.shards.size > 1 else self.whole["context"]
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+
+def start(
+    *, pipeline: int = 1, replicas: int = 1, shards: int = 1, context: int = 1, tensor: int = 1
+) -> Mesh:
+    """Join the process group torchrun prepared (or be alone without torchrun) and lay the mesh."""
+    sizes = (pipeline, replicas, shards, context, tensor)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world != math.prod(sizes):
+        # every process sees the same fault; one of them speaks
+        raise UserError(_wrong_world(world, sizes)) if rank == 0 else SystemExit(1)
+    device = _device()
+    if not dist.is_initialized():
+        _join(rank, world, device)
+    return Mesh.create(
+        device, pipeline=pipeline, replicas=replicas, shards=shards, context=context, tensor=tensor
+    )
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}"
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def _join(rank: int, world: int, device: torch.device) -> None:
+    # Gloo stays beside NCCL: checkpoints and metrics reduce on the CPU
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    env = os.environ
+    if "MASTER_ADDR" not in env:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    if int(env.get("LOCAL_WORLD_SIZE", world)) != world:
+        # attempts are counted per machine, so machines may disagree about the prefix below
+        dist.init_process_group(backend, rank=rank, world_size=world)
+        return
+    # torchrun keeps one store over restarts; without a prefix per attempt, a restarted process
+    # reads the addresses of the dead one
+    hosts_store = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(
+        env["MASTER_ADDR"],
+        int(env["MASTER_PORT"]),
+        world,
+        is_master=hosts_store,
+        wait_for_workers=False,
+        timeout=timedelta(minutes=5),
+    )
+    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend, store=dist.PrefixStore(f"attempt{attempt}", store), rank=rank, world_size=world
+    )
+
+
+def _axis(whole: DeviceMesh, flat: dict, name: str, *axes: str) -> Axis:
+    """One axis, or several read as one; an axis of size 1 among several adds nothing."""
+    real = tuple(axis for axis in axes if _size(whole, axis) > 1) or axes[-1:]
+    if len(real) == 1:
+        devices = whole[real[0]]
+    else:
+        if real not in flat:
+            flat[real] = whole[real]._flatten("_".join(real))
+        devices = flat[real]
+    return Axis(
+        name=name, rank=devices.get_local_rank(), size=devices.size(), group=devices.get_group()
+    )
+
+
+def _size(whole: DeviceMesh, axis: str) -> int:
+    return whole.shape[AXES.index(axis)]
+
+
+def _wrong_world(world: int, sizes: tuple[int, ...]) -> str:
+    named = [f"{name} {size}" for name, size in zip(AXES, sizes, strict=True) if size > 1]
+    return (
+        f"the plan needs {math.prod(sizes)} processes ({' x '.join(named) or 'one'}), "
+        f"but {world} {'was' if world == 1 else 'were'} started"
+    )

@@ -1,0 +1,280 @@
+"""Loss and speed of each step: a line for the eye, JSON lines for programs, TensorBoard if it is
+installed; and the ranks' agreement to stop."""
+
+import importlib.util
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import UserError
+from .mesh import Mesh
+
+WINDOW = 20  # steps over which speed is averaged
+
+
+class Metrics:
+    """path: of the JSON lines; a resumed run keeps those up to `first` and goes on behind them.
+
+    steps: of the whole run. first: how many were done before. every, every_s: steps and seconds
+    between progress lines. flops_per_token, peak_flops: of the model, and of one device per second,
+    for MFU.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        mesh: Mesh,
+        *,
+        steps: int,
+        tokens_per_step: int,
+        first: int = 0,
+        flops_per_token: float | None = None,
+        peak_flops: float | None = None,
+        every: int = 1,
+        every_s: float = 0.0,
+    ):
+        self.mesh, self.steps, self.first = mesh, steps, first
+        self.every, self.every_s = every, every_s
+        self.tokens_per_step = tokens_per_step
+        self.utilisation = None
+        if flops_per_token and peak_flops:
+            self.utilisation = flops_per_token / (peak_flops * mesh.world.size)
+        self.speaks = mesh.world.rank == 0
+        self.durations_s: deque[float] = deque(maxlen=WINDOW)
+        self.pending: _Pending | None = None
+        self.stop = False
+        self.said_s = -math.inf
+        self.log = _Log(Path(path), first) if self.speaks else None
+        self.mark_s = time.perf_counter()
+
+    def step(
+        self, step: int, loss: Tensor | None, norm: Tensor, lr: float, *, stop: bool = False
+    ) -> bool:
+        """Record the step that was just done (counted from 1); whether all ranks stop now.
+
+        loss: this rank's part of the global mean; None or 0 where the last stage is not.
+        stop: whether this rank was asked to; then all stop at the same step.
+
+        On GPUs a step's values are read during the next one, so that the host never waits for the
+        step it has just launched; they stop one step later.
+        """
+        now_s = time.perf_counter()
+        own = torch.stack([_own_part(loss, self.mesh), _number(float(stop), self.mesh)])
+        if self.mesh.world.size > 1:
+            dist.all_reduce(own, group=self.mesh.world.group)
+        values = torch.cat([own, norm.detach().to(own).reshape(1)])
+        current = _Pending.of(step, values, lr, now_s - self.mark_s)
+        self.mark_s = now_s
+        if values.is_cuda:
+            previous, self.pending = self.pending, current
+            self._record(previous)
+            if step >= self.steps:
+                self.flush()
+        else:
+            self._record(current)
+        return self.stop
+
+    def validation(self, step: int, loss: float) -> None:
+        """loss: the mean over all ranks (`reduce_loss`)."""
+        self.flush()
+        if self.log is not None:
+            self.log.write({"step": step, "validation_loss": loss})
+            print(
+                f"step {step:>{self._width()}}/{self.steps}  validation loss {loss:.4f}", flush=True
+            )
+        self.mark_s = time.perf_counter()  # the next step's time begins here
+
+    def flush(self) -> None:
+        """Record what is still in flight: before a checkpoint, whose step the log must reach."""
+        previous, self.pending = self.pending, None
+        self._record(previous)
+
+    def say(self, text: str) -> None:
+        """One line from one rank."""
+        if self.speaks:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        self.flush()
+        if self.log is not None:
+            self.log.close()
+
+    def _record(self, pending: "_Pending | None") -> None:
+        if pending is None:
+            return
+        loss, stop, norm = pending.read()
+        if not math.isfinite(loss):
+            # every rank has read the same number, so all stop here
+            raise UserError(
+                f"the loss of step {pending.step} is {loss}: nothing is saved after it; "
+                "start again from the last checkpoint with a lower learning rate or other data"
+            )
+        self.stop = self.stop or stop > 0
+        if pending.step > self.first + 1 or self.first + 1 == self.steps:
+            self.durations_s.append(pending.seconds)  # the first step warms up
+        if self.log is None:
+            return
+        self.log.write(
+            {
+                "step": pending.step,
+                "loss": loss,
+                "gradient_norm": norm,
+                "learning_rate": pending.lr,
+                "tokens": pending.step * self.tokens_per_step,
+                "seconds": pending.seconds,
+            }
+        )
+        now_s = time.perf_counter()
+        last = pending.step >= self.steps or self.stop
+        due = pending.step % self.every == 0 and now_s - self.said_s >= self.every_s
+        if last or due:
+            self.said_s = now_s
+            print(self._line(pending, loss, norm), flush=True)
+
+    def _line(self, pending: "_Pending", loss: float, norm: float) -> str:
+        mean_s = sum(self.durations_s) / len(self.durations_s) if self.durations_s else math.nan
+        tokens_per_s = self.tokens_per_step / (mean_s if self.durations_s else pending.seconds)
+        parts = [
+            f"step {pending.step:>{self._width()}}/{self.steps}",
+            f"loss {loss:.4f}",
+            f"norm {norm:.3g}",
+            f"lr {pending.lr:.2e}",
+            f"{_short(tokens_per_s)} tokens/s",
+        ]
+        if self.utilisation is not None:
+            parts.append(f"mfu {100 * tokens_per_s * self.utilisation:.1f} %")
+        parts.append(f"memory {peak_memory_bytes(self.mesh.device) / 2**30:.2f} GiB")
+        if self.durations_s and pending.step < self.steps:
+            parts.append(f"{_duration((self.steps - pending.step) * mean_s)} left")
+        return "  ".join(parts)
+
+    def _width(self) -> int:
+        return len(str(self.steps))
+
+
+def reduce_loss(loss: Tensor | None, mesh: Mesh) -> float:
+    """The sum of all data ranks' parts, known to every rank."""
+    total = _own_part(loss, mesh)
+    if mesh.world.size > 1:
+        dist.all_reduce(total, group=mesh.world.group)
+    return float(total)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Allocated on the GPU; of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pending:
+    """values: [loss, ranks that stop, norm], on the host or on its way there."""
+
+    step: int
+    values: Tensor
+    lr: float
+    seconds: float
+    arrived: Any
+
+    @staticmethod
+    def of(step: int, values: Tensor, lr: float, seconds: float) -> "_Pending":
+        arrived = None
+        if values.is_cuda:
+            values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(
+                values, non_blocking=True
+            )
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return _Pending(step=step, values=values, lr=lr, seconds=seconds, arrived=arrived)
+
+    def read(self) -> list[float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.values.tolist()
+
+
+class _Log:
+    def __init__(self, path: Path, first: int):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(path.name + ".tmp")
+        with open(draft, "w") as file:
+            file.writelines(_kept_lines(path, first))
+        os.replace(draft, path)
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
+        self.board: Any = None
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter  # slow, and only if it is there
+
+            self.board = SummaryWriter(path.parent / "tensorboard", purge_step=first + 1)
+
+    def write(self, values: dict[str, float]) -> None:
+        self.file.write(json.dumps(values) + "\n")
+        if self.board is not None:
+            for name, value in values.items():
+                if name != "step":
+                    self.board.add_scalar(name, value, values["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def _kept_lines(path: Path, first: int) -> list[str]:
+    """Of steps up to `first`; a line that a killed run left half written is dropped."""
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= first:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
+
+
+def _own_part(loss: Tensor | None, mesh: Mesh) -> Tensor:
+    """Every tensor rank holds the same loss: one of them counts."""
+    if loss is None or mesh.tensor.rank != 0:
+        return _number(0.0, mesh)
+    return loss.detach().to(mesh.device, torch.float64).reshape(())
+
+
+def _number(value: float, mesh: Mesh) -> Tensor:
+    return torch.full((), value, dtype=torch.float64, device=mesh.device)
+
+
+def _short(number: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    """At most two units, rounded to the smaller one."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 10:
+        return f"{int(seconds) // 60} min {int(seconds) % 60} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"

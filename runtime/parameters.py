@@ -1,0 +1,101 @@
+"""Parameters that know their whole shape: plain tensors, or DTensors over the tensor ranks."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from .collectives import chunk_bounds
+from .mesh import Mesh
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traits:
+    """What the runtime must know about a parameter besides its values.
+
+    init: a descriptor of initialise.py.
+    partial: each tensor rank computes a part of the gradient's sum.
+    decay: whether weight decay may apply.
+    """
+
+    init: Any
+    partial: bool = False
+    decay: bool = True
+
+
+class Group(nn.Module):
+    """Only names its parameters and groups: `self.q_proj = Group(weight=..., bias=...)`."""
+
+    def __init__(self, **members: nn.Parameter | nn.Module | None):
+        super().__init__()
+        for name, member in members.items():
+            setattr(self, name, member)
+
+    if TYPE_CHECKING:  # what a name holds is known where it is used
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+def parameter(
+    shape: tuple[int, ...],
+    *,
+    mesh: Mesh,
+    init: Any,
+    split: dict[str, int] | None = None,
+    partial: bool = False,
+    decay: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Parameter:
+    """On the meta device; `initialise` gives it memory and values.
+
+    split: {"tensor": dim} cuts this dim over the tensor ranks as torch.chunk does.
+    partial: see Traits; only for parameters that are whole on every tensor rank.
+    """
+    assert not (split and partial), "a split parameter has a whole gradient"
+    out = nn.Parameter(_meta(tuple(shape), mesh, split or {}, dtype))
+    out.traits = Traits(init=init, partial=partial, decay=decay)  # type: ignore[attr-defined]
+    return out
+
+
+def local(p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """This rank's part, differentiable; no communication, now or in the backward."""
+    if isinstance(p, DTensor):
+        p = p.to_local()
+    return p if dtype is None or p.dtype == dtype else p.to(dtype)
+
+
+def traits(model: nn.Module) -> dict[str, Traits]:
+    """By name, tied names included, of all parameters (and buffers) that carry traits.
+
+    FSDP2 and `to_empty` replace parameter objects and drop their attributes, so the first call
+    keeps the traits on the owning modules; wrappers call it before they touch anything.
+    """
+    found: dict[str, Traits] = {}
+    for module_name, module in model.named_modules():
+        kept: dict[str, Traits] = module.__dict__.setdefault("_traits", {})
+        for name, p in (*module._parameters.items(), *module._buffers.items()):
+            if p is not None and hasattr(p, "traits"):
+                kept[name] = p.traits
+        prefix = f"{module_name}." if module_name else ""
+        found |= {prefix + name: t for name, t in kept.items()}
+    return found
+
+
+def _meta(shape: tuple[int, ...], mesh: Mesh, split: dict[str, int], dtype: torch.dtype) -> Tensor:
+    assert set(split) <= {"tensor"}, f"parameters split over tensor ranks only, not {set(split)}"
+    if mesh.tensor.size == 1:
+        return torch.empty(shape, device="meta", dtype=dtype)
+    local_shape = list(shape)
+    if split:
+        start, stop = chunk_bounds(shape[split["tensor"]], mesh.tensor)
+        local_shape[split["tensor"]] = stop - start
+    return DTensor.from_local(
+        torch.empty(local_shape, device="meta", dtype=dtype),
+        mesh.devices("tensor"),
+        [Shard(split["tensor"]) if split else Replicate()],
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=torch.empty(shape, device="meta").stride(),
+    )

@@ -1,0 +1,146 @@
+"""Random numbers as functions of (key, position): the same bits on every device and every mesh.
+
+Only integer arithmetic, IEEE + - * / and square roots are used. Library logarithms and cosines
+differ in the last bit between devices, and between the middle and the tail of one vector loop.
+"""
+
+import hashlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+# sin x = x - x^3/3! + ..., up to x^19, and ln m = 2 artanh s = 2 (s + s^3/3 + ...), up to s^19
+_SINE = [(-1) ** k / math.factorial(2 * k + 1) for k in range(10)]
+_LOGARITHM = [2.0 / (2 * k + 1) for k in range(10)]
+
+
+def key(seed: int, name: str) -> int:
+    """A 64-bit key for the stream called name."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
+
+
+def bits(stream: int | Tensor, index: Tensor) -> Tensor:
+    """64 random bits (as int64) for each index; splitmix64 started at `stream`.
+
+    Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".
+    """
+    z = index * _signed(_GOLDEN)
+    z += stream if isinstance(stream, Tensor) else _signed(stream)
+    z ^= _shift_right(z, 30)
+    z *= _signed(0xBF58476D1CE4E5B9)
+    z ^= _shift_right(z, 27)
+    z *= _signed(0x94D049BB133111EB)
+    z ^= _shift_right(z, 31)
+    return z
+
+
+def uniform(seed: int, name: str, index: Tensor) -> Tensor:
+    """float64 in [0, 1) with 53 random bits, for each index (int64)."""
+    return _shift_right(bits(key(seed, name), index), 11).double().mul_(2.0**-53)
+
+
+def normal(seed: int, name: str, index: Tensor) -> Tensor:
+    """float64, mean 0, deviation 1, |x| < 6.7, for each index (int64); Box and Muller 1958."""
+    z = bits(key(seed, name), index)
+    radius = (_shift_right(z, 32).double() + 0.5).mul_(2.0**-32)
+    turn = (z & 0xFFFFFFFF).double().mul_(2.0**-32)
+    # cos(2 pi t) = sin(2 pi (|t - 1/2| - 1/4)), an angle within a quarter turn
+    angle = ((turn - 0.5).abs_() - 0.25).mul_(2.0 * math.pi)
+    sine = _odd_polynomial(angle, _SINE)
+    return _logarithm(radius).mul_(-2.0).sqrt_().mul_(sine)
+
+
+def dropout(
+    x: Tensor,
+    p: float,
+    samples_B: Tensor,
+    *,
+    operator: int,
+    seed: int,
+    start: tuple[int, ...],
+    shape: tuple[int, ...],
+    training: bool,
+) -> Tensor:
+    """Zero with probability p, scale the rest by 1 / (1 - p).
+
+    x: [B, *local]; its part of the whole per-sample tensor of this shape begins at `start`.
+    samples_B: int64 counters of the samples over the whole run; with the operator's number and
+        the position they decide the mask, so no split of the model or the batch changes it.
+    """
+    if not training or p == 0.0:
+        return x
+    keep = _keep_mask(x.shape, p, samples_B, key(seed, f"dropout {operator}"), start, shape)
+    return _Mask.apply(x, keep, 1.0 / (1.0 - p) if p < 1.0 else 0.0)
+
+
+def whole_index(
+    local_shape: tuple[int, ...], start: tuple[int, ...], shape: tuple[int, ...], device: Any
+) -> Tensor:
+    """Flat positions in a tensor of this shape of the block of local_shape that begins at start."""
+    index = torch.zeros((), dtype=torch.int64, device=device)
+    for size, first, whole in zip(local_shape, start, shape, strict=True):
+        along = torch.arange(first, first + size, dtype=torch.int64, device=device)
+        index = index.unsqueeze(-1) * whole + along
+    return index
+
+
+def _keep_mask(
+    local_shape: torch.Size,
+    p: float,
+    samples_B: Tensor,
+    stream: int,
+    start: tuple[int, ...],
+    shape: tuple[int, ...],
+) -> Tensor:
+    index = whole_index(tuple(local_shape[1:]), start, shape, samples_B.device)
+    streams_B = bits(stream, samples_B)
+    threshold = min(int(p * 2.0**64), _MASK) - (1 << 63)
+    keep = torch.empty(local_shape, dtype=torch.bool, device=samples_B.device)
+    # sample by sample: the 64-bit work space is that of one sample
+    for row, sample_stream in zip(keep, streams_B, strict=True):
+        torch.ge(bits(sample_stream, index), threshold, out=row)
+    return keep
+
+
+class _Mask(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(keep)
+        ctx.scale = scale
+        return (x * scale).mul_(keep)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (keep,) = ctx.saved_tensors
+        return (gradient * ctx.scale).mul_(keep), None, None
+
+
+def _logarithm(x: Tensor) -> Tensor:
+    """Of normal positive float64, within 1e-15 relative."""
+    pattern = x.view(torch.int64)
+    # x = 2^e m with m in [1/sqrt 2, sqrt 2): adding this carries into the exponent for large m
+    exponent = ((pattern + 0x95F6200000000) >> 52) - 1023
+    m = (pattern - (exponent << 52)).view(torch.float64)
+    return _odd_polynomial((m - 1.0).div_(m + 1.0), _LOGARITHM) + exponent.double() * math.log(2.0)
+
+
+def _odd_polynomial(x: Tensor, coefficients: list[float]) -> Tensor:
+    # separate kernels on purpose: a fused multiply-add rounds differently
+    square = x * x
+    out = torch.full_like(x, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        out.mul_(square).add_(coefficient)
+    return out.mul_(x)
+
+
+def _shift_right(z: Tensor, by: int) -> Tensor:
+    """Logical: int64 has only the arithmetic shift."""
+    return (z >> by) & (_MASK >> by)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value

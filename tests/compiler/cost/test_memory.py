@@ -1,0 +1,80 @@
+import pytest
+
+from llmspec.compiler.cost.hardware import machine_of
+from llmspec.compiler.cost.memory import Residence, ledger
+from llmspec.compiler.cost.stage import Run, Stage
+from llmspec.compiler.cost.types import types_of
+from llmspec.compiler.cost.unit import UnitCost
+from tests.compiler.specs import cluster, program, tiny_llama
+
+BF16 = types_of(program(tiny_llama(), cluster(1), batch=8).train)
+FP32 = types_of(program(tiny_llama(), cluster(1), batch=8, precision="fp32").train)
+MACHINE = machine_of(cluster(1), BF16)
+
+BLOCK = UnitCost(
+    saved_bytes=1000,
+    input_bytes=100,
+    output_bytes=100,
+    elements=10_000,
+    cast_elements=9_000,
+    largest_elements=4_000,
+)
+
+
+def stage(recompute: bool = False, count: int = 4) -> Stage:
+    return Stage((Run(BLOCK, count, recompute, True),))
+
+
+def home(**changes) -> Residence:
+    plain = {
+        "zero": 0,
+        "data": 8,
+        "shards": 1,
+        "microbatches": 4,
+        "in_flight": 1,
+        "sends_on": False,
+    }
+    return Residence(**(plain | changes))
+
+
+@pytest.mark.parametrize("types", [FP32, BF16])
+def test_sixteen_bytes_a_parameter(types):
+    found = ledger(stage(), home(), types, MACHINE)
+    assert found.parameters + found.gradients + found.optimizer == 16 * 40_000
+    assert sum(found.parts().values()) == found.total
+    assert types.bytes_per_parameter == 16
+
+
+def test_a_cast_of_each_weight_is_kept_without_sharding():
+    assert ledger(stage(), home(), FP32, MACHINE).activations == 4 * 1000
+    assert ledger(stage(), home(), BF16, MACHINE).activations == 4 * (1000 + 2 * 9_000)
+    assert ledger(stage(), home(zero=1, shards=8), BF16, MACHINE).activations == 4 * 1000
+
+
+def test_what_each_level_of_zero_divides():
+    found = {z: ledger(stage(), home(zero=z, shards=8), BF16, MACHINE) for z in (1, 2, 3)}
+    assert {f.optimizer for f in found.values()} == {8 * 5_000}
+    assert {f.parameters for f in found.values()} == {4 * 5_000}
+    assert found[1].gradients == 4 * (40_000 + 5_000)
+    assert found[2].gradients == found[3].gradients == 4 * 5_000
+    reducing = 10_000 * (2 + 2 * 4)
+    assert found[1].buffers == found[2].buffers == 2 * 40_000 + reducing
+    assert found[3].buffers == 2 * 2 * 10_000 + reducing
+
+
+def test_recomputation_keeps_inputs_and_one_block():
+    assert ledger(stage(recompute=True), home(), FP32, MACHINE).activations == 4 * 100 + 1000
+
+
+def test_micro_batches_in_flight_and_outputs_that_were_sent():
+    found = ledger(stage(), home(in_flight=3, sends_on=True), FP32, MACHINE)
+    assert found.activations == 3 * (4 * 1000 + 100)
+
+
+def test_alone_gradients_come_as_activations_go():
+    big = ledger(stage(), home(data=1, microbatches=1), FP32, MACHINE)
+    # the end of the backward: 40 kB · 4 of gradients outweigh the activations
+    assert (big.activations, big.gradients) == (0, 160_000)
+    light = Stage((Run(UnitCost(saved_bytes=10**6, elements=10), 4, False, True),))
+    small = ledger(light, home(data=1, microbatches=1), FP32, MACHINE)
+    assert (small.activations, small.gradients) == (4 * 10**6, 0)

@@ -1,0 +1,76 @@
+"""What the ledger calls activations against what autograd keeps of the emitted program."""
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmspec.compiler.build.model import build_model
+from llmspec.compiler.emit.model import print_model
+from llmspec.compiler.lower import lower
+from llmspec.compiler.search import search
+from tests.compiler.specs import CPU, cluster, gpt, llama, pin, program
+from tests.processes import run
+
+ROOT = Path(__file__).parents[3]
+MODELS = {
+    "llama": llama(layers=2, width=64, heads=4, kv_heads=2, ffn=176, vocab=512, context=64),
+    "gpt": gpt(layers=2, width=64, heads=4, vocab=512, context=64),
+}
+
+
+def kept_bytes(model, inputs) -> int:
+    """Bytes of the distinct floating or boolean storages that autograd holds, parameters apart."""
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    sharded = [p for p in model.parameters() if hasattr(p, "to_local")]
+    own |= {p.to_local().untyped_storage()._cdata for p in sharded}
+    held, alive = {}, []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        alive.append(tensor)
+        if storage._cdata not in own and tensor.dtype in (torch.float32, torch.bool):
+            held[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(*inputs)
+    return sum(held.values())
+
+
+def planned(name: str, ranks: int, sequence: str):
+    """(source of model.py, predicted bytes of activations)."""
+    model, pins = MODELS[name], [pin("microbatch", 2), pin("tensor", ranks)]
+    if ranks > 1:
+        pins.append(pin("sequence", sequence))
+    spec = program(model, cluster(1, ranks, CPU), batch=2, precision="fp32", plan=tuple(pins))
+    found = search(spec, lambda b: build_model(model, sequences=b, tokens=model.context))
+    lowered = lower(build_model(model, sequences=2, tokens=model.context), found.plan)
+    text = print_model(lowered, precision="fp32", seed=1, spec="test")
+    return text, found.plan.predicted["predicted"]["memory_bytes"]["activations"]
+
+
+def measured(rank: int, text: str, ranks: int, context: int) -> int:
+    module = types.ModuleType("model")
+    sys.path.insert(0, str(ROOT))
+    exec(compile(text, "model.py", "exec"), module.__dict__)
+    from runtime.mesh import Mesh
+
+    emitted = module.Model(Mesh.create(torch.device("cpu"), tensor=ranks))
+    emitted.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in emitted.parameters():
+            parameter.fill_(0.01)
+    tokens = torch.zeros(2, context, dtype=torch.int64)
+    return kept_bytes(emitted, (tokens, tokens, torch.arange(2)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("ranks", "sequence"), [(1, "off"), (2, "on"), (2, "off")])
+def test_activations_are_what_autograd_keeps(name, ranks, sequence):
+    text, predicted = planned(name, ranks, sequence)
+    for real in run(ranks, measured, text, ranks, MODELS[name].context):
+        # the loss keeps a few numbers a row besides
+        assert real == pytest.approx(predicted, rel=0.002)

@@ -1,0 +1,123 @@
+from itertools import combinations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmspec.compiler.build.model import build_model
+from llmspec.compiler.search import Found, search
+from llmspec.compiler.search.explain import families_of
+from llmspec.compiler.search.meshes import nearest_batches
+from llmspec.compiler.search.space import Space
+from llmspec.compiler.search.stages import balanced, block_starts, cut_at
+from llmspec.compiler.search.walk import Walk, fastest
+from tests.compiler.specs import CPU, GiB, cluster, llama, pin, program, tiny_gpt, tiny_llama
+
+MiB = 2**20
+
+
+def space(spec) -> Space:
+    model, tokens = spec.model, spec.train.sequence_length
+    return Space.of(spec, lambda b: build_model(model, sequences=b, tokens=tokens))
+
+
+def everything(of: Space):
+    return [c for outline in of.outlines() for c in of.candidates(outline)]
+
+
+CASES = {
+    "llama on four": program(tiny_llama(), cluster(1, 4), batch=8),
+    "gpt on two nodes": program(tiny_gpt(), cluster(2, 2), batch=6),
+    "processes": program(tiny_llama(), cluster(1, 4, CPU), batch=8, precision="fp32"),
+    "little memory": program(
+        llama(layers=6, width=512, heads=8, kv_heads=4, ffn=1024, vocab=8192, context=512),
+        cluster(1, 4),
+        batch=8,
+        memory=2 * GiB + 200 * MiB,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bounds_leave_out_nothing_that_matters(name):
+    """Branch and bound against the price of every plan there is."""
+    of = space(CASES[name])
+    every = everything(of)
+    fitting = sorted((c for c in every if c.times is not None), key=lambda c: c.rank)
+    walk = Walk(of)
+    walk.run()
+    assert fitting[0].rank == fastest(of).rank
+    best = walk.shortlist.candidates()
+    assert [c.rank for c in best[:8]] == [c.rank for c in fitting[:8]]
+    for family, found in walk.tally.fastest.items():
+        of_family = [c for c in fitting if family in families_of(c)]
+        assert found.step_s == pytest.approx(min(c.step_s for c in of_family), rel=1e-3)
+    assert (len(fitting) < len(every)) == (name == "little memory")
+
+
+weights = st.lists(st.floats(0.1, 10), min_size=2, max_size=8)
+
+
+@given(weights, st.integers(1, 4), st.booleans())
+def test_cuts_equal_enumeration(items, stages, lean):
+    stages = min(stages, len(items))
+    factors = [float(stages - s) for s in range(stages)] if lean else [1.0] * stages
+    blocks = balanced(items, stages, factors)
+    assert sum(blocks) == len(items) and min(blocks) >= 1
+
+    def heaviest(cut):
+        edges = [0, *cut, len(items)]
+        pairs = zip(edges, edges[1:], factors, strict=False)
+        return max(f * sum(items[a:b]) for a, b, f in pairs)
+
+    edges = [sum(blocks[: i + 1]) for i in range(stages - 1)]
+    best = min(heaviest(cut) for cut in combinations(range(1, len(items)), stages - 1))
+    assert heaviest(edges) == pytest.approx(best)
+
+
+def test_head_and_tail_ride_with_first_and_last_block():
+    graph = build_model(tiny_llama(), sequences=1, tokens=32)
+    assert block_starts(graph) == [0, 2, 3, 4]
+    assert cut_at(graph, (1, 3)) == ((0, 2), (2, 6))
+
+
+@settings(deadline=None, max_examples=8)
+@given(
+    st.sampled_from([1, 2, 3, 4, 6, 8]),
+    st.sampled_from([4, 6, 12, 24]),
+    st.integers(2100, 2400),
+    st.sampled_from([None, ("zero", 2), ("tensor", 2), ("pipeline", 2)]),
+)
+def test_plans_keep_to_budget_and_cluster(ranks, batch, memory_mib, pinned):
+    pins = () if pinned is None else (pin(*pinned),)
+    spec = program(
+        tiny_llama(2), cluster(1, ranks), batch=batch, memory=memory_mib * MiB, plan=pins
+    )
+    of = space(spec)
+    if not of.grids() or all(batch % g.data for g in of.grids()):
+        return
+    if pinned == ("zero", 2) and all(g.data == 1 for g in of.grids()):
+        return
+    try:
+        found = search(spec, of.build)
+    except Exception as error:  # every mesh that divides the batch may be pinned away
+        assert "no plan satisfies" in str(error)
+        return
+    if isinstance(found, Found):
+        plan = found.plan
+        assert plan.predicted["predicted"]["peak_memory_bytes"] <= memory_mib * MiB
+        assert plan.mesh.world_size == ranks
+        assert plan.mesh.data * plan.microbatch * plan.microbatches == batch
+        if pinned is not None:
+            assert plan.predicted["plan"][pinned[0]] == pinned[1]
+    else:
+        assert found.missing_bytes > 0
+
+
+@given(st.integers(1, 500), st.lists(st.integers(1, 64), min_size=1, max_size=4))
+def test_nearest_batches_work_and_are_nearest(batch, data):
+    near = nearest_batches(batch, data)
+    assert all(any(n % d == 0 for d in data) for n in near)
+    works = [n for n in range(1, batch + 65) if any(n % d == 0 for d in data)]
+    above = min(n for n in works if n >= batch)
+    assert max(near) == above
