@@ -59,10 +59,27 @@ def _collect(ranks: dict[Any, tuple[int, BaseProcess]], timeout_s: float) -> lis
             try:
                 error, results[rank] = receiver.recv()
             except EOFError:
-                error = f"died with exit code {_exit_code(ranks[receiver][1])}"
+                raise AssertionError(_died(ranks, receiver)) from None
             if error:
+                # a rank whose peer is gone fails too, in words that depend on the moment
+                for other in set(pending) - {receiver}:
+                    if other.poll(1.0) and _is_closed(other):
+                        raise AssertionError(_died(ranks, other))
                 raise AssertionError(f"rank {rank}: {error}")
     return [results[rank] for rank in range(len(ranks))]
+
+
+def _is_closed(receiver: Connection) -> bool:
+    try:
+        receiver.recv()
+    except EOFError:
+        return True
+    return False
+
+
+def _died(ranks: dict[Any, tuple[int, BaseProcess]], receiver: Connection) -> str:
+    rank, child = ranks[receiver]
+    return f"rank {rank}: died with exit code {_exit_code(child)}"
 
 
 def _exit_code(child: BaseProcess) -> int | None:
