@@ -8,16 +8,19 @@ from llmspec.compiler.errors import InternalError
 from llmspec.compiler.graph import Instance, ModelGraph, Unit
 from llmspec.compiler.passes.shard import shard_unit, whole_placement
 from llmspec.compiler.plan import Plan, UnitPlacement
+from llmspec.compiler.views import seen, view_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lowered:
     """One rank's program, before it is printed.
 
-    units: local graphs by unit name. whole: the graph they came from.
+    model: the user's graph. whole: what one context and expert rank sees of it, which tensor ranks
+        share. units: local graphs by unit name.
     """
 
     plan: Plan
+    model: ModelGraph
     whole: ModelGraph
     units: dict[str, Unit]
     placements: dict[str, UnitPlacement]
@@ -28,17 +31,18 @@ class Lowered:
 
 
 def lower(graph: ModelGraph, plan: Plan) -> Lowered:
-    """Apply the passes in order: shard over the tensor axis; stages and recomputation are the
-    plan's.
+    """Apply the passes in order: split tokens over context ranks and experts over expert ranks,
+    shard over the tensor axis; stages and recomputation are the plan's.
 
     Errors: InternalError when plan and graph do not belong together.
     """
     if plan.stages[0][0] != 0 or plan.stages[-1][1] != len(graph.instances):
         raise InternalError("the plan's stages do not cover the model")
-    ranks = plan.mesh.tensor
+    model, ranks = graph, plan.mesh.tensor
+    graph = seen(model, view_of(plan))
     placements = {
         name: plan.placements[name] if ranks > 1 else whole_placement(unit)
         for name, unit in graph.units.items()
     }
     units = {name: shard_unit(unit, placements[name], ranks) for name, unit in graph.units.items()}
-    return Lowered(plan=plan, whole=graph, units=units, placements=placements)
+    return Lowered(plan=plan, model=model, whole=graph, units=units, placements=placements)

@@ -51,13 +51,14 @@ def parse_state(text: str) -> State:
 
 
 class Collective(StrEnum):
-    """What moves bytes. `slice` and `pad` are local."""
+    """What moves bytes: `send` one message to a neighbour; `slice` is local."""
 
     NONE = "none"
     ALL_REDUCE = "all_reduce"
     ALL_GATHER = "all_gather"
     REDUCE_SCATTER = "reduce_scatter"
     ALL_TO_ALL = "all_to_all"
+    SEND = "send"
     SLICE = "slice"
 
 

@@ -11,12 +11,15 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeshSizes:
-    """Ranks along each axis. Outer to inner: pipeline, replicas, shards, context, tensor."""
+    """Ranks along each axis. Outer to inner: pipeline, replicas, shards, context, tensor.
+
+    expert: ranks that split experts, a part of the data ranks: groups of neighbours among them.
+    """
 
     pipeline: int = 1
     replicas: int = 1
@@ -52,7 +55,9 @@ class UnitPlacement:
 class Plan:
     """All decisions.
 
-    stages: (first, stop) instances of the chain; stage s runs on pipeline rank s % pipeline.
+    stages: (first, stop) instances of the chain, in its order; see schedules.rank_of.
+    context_style: how attention looks over context ranks; None where there is one.
+    offload: what lives in host memory, sorted.
     recompute: unit name -> "none" or "full". actions: per pipeline rank, empty without a pipeline.
     predicted: the ledger, as docs/json.md has it.
     """
@@ -69,6 +74,8 @@ class Plan:
     schedule: str
     stages: tuple[tuple[int, int], ...]
     recompute: dict[str, str]
+    context_style: str | None = None
+    offload: tuple[str, ...] = ()
     kernels: str = "eager"
     placements: dict[str, UnitPlacement] = field(default_factory=dict)
     actions: tuple[tuple[str, ...], ...] = ()
@@ -104,6 +111,7 @@ def from_json(text: str) -> Plan:
         data["mesh"] = MeshSizes(**data["mesh"])
         data["placements"] = {k: UnitPlacement(**v) for k, v in data["placements"].items()}
         data["stages"] = tuple((int(a), int(b)) for a, b in data["stages"])
+        data["offload"] = tuple(data["offload"])
         data["actions"] = tuple(tuple(row) for row in data["actions"])
         return Plan(**data)
     except KeyError as error:

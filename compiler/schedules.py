@@ -37,6 +37,11 @@ def parse_action(word: str) -> Action:
     raise ValueError(f"not a pipeline action: {word!r}")
 
 
+def rank_of(schedule: Schedule, stage: int, ranks: int) -> int:
+    """The pipeline rank that runs a stage."""
+    return stage % ranks
+
+
 def actions(
     schedule: Schedule, stages: int, ranks: int, microbatches: int, zero: int
 ) -> dict[int, tuple[str, ...]]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmspec.compiler.cost.hardware import Machine
-from llmspec.compiler.cost.network import Group, collective_s
+from llmspec.compiler.cost.network import Group, collective_s, exposed_s
 from llmspec.compiler.cost.stage import Run, Stage
 from llmspec.compiler.cost.types import Types
 from llmspec.compiler.placement import Collective
@@ -42,11 +42,6 @@ class DataCost:
 NOTHING = DataCost()
 
 
-def exposed_s(sent_s: float, computing_s: float, overlap: float) -> float:
-    """What computing leaves of a collective: it hides at most the share `overlap`."""
-    return sent_s - min(overlap * sent_s, computing_s)
-
-
 @dataclass(frozen=True, slots=True)
 class _Unit:
     """One of ZeRO's units: elements, seconds of its forward and backward, how often."""
@@ -68,8 +63,8 @@ def _units(stage: Stage) -> list[_Unit]:
 
 def _unit(run: Run) -> _Unit:
     cost = run.cost
-    forward = cost.forward_s + cost.tensor_forward_s
-    backward = cost.backward_s + cost.tensor_backward_s + (forward if run.recompute else 0.0)
+    forward = cost.whole_forward_s
+    backward = cost.whole_backward_s + (forward if run.recompute else 0.0)
     return _Unit(cost.elements, forward, backward, run.count)
 
 

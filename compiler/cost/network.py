@@ -57,8 +57,21 @@ def axis_group(axis: str, mesh: MeshSizes, machine: Machine) -> Group:
 
 
 def data_group(mesh: MeshSizes, machine: Machine) -> Group:
-    """Replicas and shards together."""
-    return group(mesh.data, mesh.context * mesh.tensor, machine)
+    """All ranks that add up a gradient: replicas, shards and context together."""
+    return group(mesh.data * mesh.context, mesh.tensor, machine)
+
+
+def shards_group(mesh: MeshSizes, machine: Machine) -> Group:
+    """The ranks over which ZeRO shards: shards and context together."""
+    return group(mesh.shards * mesh.context, mesh.tensor, machine)
+
+
+def inner_groups(tensor: int, context: int, expert: int, machine: Machine) -> dict[str, Group]:
+    """The axes that operators themselves send over, besides `tensor`."""
+    return {
+        "context": group(context, tensor, machine),
+        "expert": group(expert, context * tensor, machine),
+    }
 
 
 def collective_s(kind: Collective, size_bytes: float, where: Group) -> float:
@@ -67,7 +80,7 @@ def collective_s(kind: Collective, size_bytes: float, where: Group) -> float:
     t = k (n-1)/n · size / bandwidth + k · latency, k = 2 for an all-reduce, else 1
 
     size_bytes: of the whole value: what an all-gather makes, a reduce-scatter takes, an all-reduce
-    holds; for an all-to-all what all ranks hold together.
+    holds; for an all-to-all what all ranks hold together; for a send the message.
     Source: Patarasuk and Yuan 2009, JPDC 69(2), for the ring's bandwidth term.
     """
     n = where.ranks
@@ -79,8 +92,16 @@ def collective_s(kind: Collective, size_bytes: float, where: Group) -> float:
             return 2 * (share + where.latency_s)
         case Collective.ALL_TO_ALL:
             return share / n + where.latency_s
+        case Collective.SEND:
+            # a message to the next rank of the ring
+            return size_bytes / where.bandwidth + where.latency_s / (n - 1)
         case _:
             return share + where.latency_s
+
+
+def exposed_s(sent_s: float, computing_s: float, overlap: float) -> float:
+    """What computing leaves of a collective: it hides at most the share `overlap`."""
+    return sent_s - min(overlap * sent_s, computing_s)
 
 
 def send_s(size_bytes: float, mesh: MeshSizes, machine: Machine) -> float:

@@ -55,8 +55,27 @@ class Stage:
         return self._sum("tensor_backward_s") + self._again("tensor_forward_s")
 
     @cached_property
+    def context_s(self) -> float:
+        both = self._sum("context_forward_s") + self._sum("context_backward_s")
+        return both + self._again("context_forward_s")
+
+    @cached_property
+    def expert_s(self) -> float:
+        both = self._sum("expert_forward_s") + self._sum("expert_backward_s")
+        return both + self._again("expert_forward_s")
+
+    @cached_property
+    def whole_forward_s(self) -> float:
+        """Computing and sending, of one micro-batch."""
+        return self._sum("whole_forward_s")
+
+    @cached_property
+    def whole_backward_s(self) -> float:
+        return self._sum("whole_backward_s") + self._again("whole_forward_s")
+
+    @cached_property
     def busy_s(self) -> float:
-        return self.forward_s + self.backward_s + self.tensor_forward_s + self.tensor_backward_s
+        return self.whole_forward_s + self.whole_backward_s
 
     @cached_property
     def flops(self) -> float:

@@ -80,8 +80,8 @@ def tail(
 def durations(stage: Stage, data: DataCost) -> tuple[float, float]:
     """Seconds of one micro-batch's forward and backward on a stage."""
     return (
-        stage.forward_s + stage.tensor_forward_s + data.forward_s,
-        stage.backward_s + stage.tensor_backward_s + data.backward_s,
+        stage.whole_forward_s + data.forward_s,
+        stage.whole_backward_s + data.backward_s,
     )
 
 
@@ -119,6 +119,8 @@ def step_times(
     return Times(
         compute=microbatches * (stage.forward_s + stage.backward_s),
         tensor=microbatches * (stage.tensor_forward_s + stage.tensor_backward_s) + end.tensor_s,
+        context=microbatches * stage.context_s,
+        expert=microbatches * stage.expert_s,
         data=microbatches * (cost.forward_s + cost.backward_s) + end.data_s,
         pipeline_bubble=max(0.0, span[0] - microbatches * spent[busiest]),
         pipeline_transfer=span[1],

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import fx
 
 from llmspec.compiler.cost.compute import OperatorCost, is_integer, local_shapes, operator_cost
 from llmspec.compiler.cost.hardware import Machine
-from llmspec.compiler.cost.network import Group, collective_s
+from llmspec.compiler.cost.network import Group, collective_s, exposed_s
 from llmspec.compiler.graph import Unit
 from llmspec.compiler.ops.registry import (
     Choice,
+    Sends,
+    Shapes,
     choices,
     entry_of,
     numel,
@@ -131,7 +134,8 @@ def _priced(step: Conversion, size: int, where: Group, machine: Machine) -> Move
 class UnitCost:
     """One unit on one tensor rank and one micro-batch. Seconds and bytes; elements are numbers.
 
-    tensor_*_s: its collectives over the tensor axis. flops, backward_flops: executed.
+    tensor_*_s, context_*_s, expert_*_s: what it sends over these axes, less what computing hides.
+    flops, backward_flops: executed.
     saved_bytes: kept by autograd from forward to backward.
     input_bytes, output_bytes: of the value that flows, as it crosses the unit's boundary.
     working_bytes: alive besides while the unit's worst operator runs backward.
@@ -145,6 +149,10 @@ class UnitCost:
     backward_s: float = 0.0
     tensor_forward_s: float = 0.0
     tensor_backward_s: float = 0.0
+    context_forward_s: float = 0.0
+    context_backward_s: float = 0.0
+    expert_forward_s: float = 0.0
+    expert_backward_s: float = 0.0
     flops: float = 0.0
     backward_flops: float = 0.0
     model_flops: float = 0.0
@@ -157,8 +165,19 @@ class UnitCost:
     cast_elements: int = 0
     largest_elements: int = 0
     tied_elements: int = 0
-    sends: tuple[tuple[str, int, int, int], ...] = ()
-    """(kind, bytes of the whole value, how often forward, how often backward)."""
+    sends: tuple[tuple[str, str, int, int, int], ...] = ()
+    """(axis, kind, bytes of the whole value, how often forward, how often backward)."""
+
+    @property
+    def whole_forward_s(self) -> float:
+        """Computing and sending."""
+        sent = self.tensor_forward_s + self.context_forward_s + self.expert_forward_s
+        return self.forward_s + sent
+
+    @property
+    def whole_backward_s(self) -> float:
+        sent = self.tensor_backward_s + self.context_backward_s + self.expert_backward_s
+        return self.backward_s + sent
 
 
 @dataclass
@@ -171,7 +190,10 @@ class _Tally:
     kept: set[tuple[fx.Node, State]] = field(default_factory=set)
     cast: set[str] = field(default_factory=set)
     extra_bytes: int = 0
-    sends: Counter[tuple[str, int, bool]] = field(default_factory=Counter)
+    inner: Mapping[str, Group] = field(default_factory=dict)
+    sends: Counter[tuple[str, str, int, bool]] = field(default_factory=Counter)
+    sent_s: defaultdict[tuple[str, bool], float] = field(default_factory=lambda: defaultdict(float))
+    """Exposed seconds by (axis, forward)."""
 
     def keep(self, node: fx.Node, state: State) -> None:
         if node.op == "get_attr":
@@ -193,7 +215,18 @@ class _Tally:
         if cost.saved.result:
             self.keep(node, choice.result)
         self.extra_bytes += cost.saved.extra_bytes
+        self.send(node, shapes, cost)
         return cost
+
+    def send(self, node: fx.Node, shapes: Shapes, cost: OperatorCost) -> None:
+        """Over the axes that the operator knows itself."""
+        for one in sent_by(node, shapes):
+            spent = operator_sends_s(one, cost, self.inner, self.machine, self.width)
+            elements = (one.elements_forward, one.elements_backward)
+            for count, seconds, forward in zip(elements, spent, (True, False), strict=True):
+                if count and self.inner[one.axis].ranks > 1:
+                    self.sends[one.axis, str(one.kind), self.width * count, forward] += one.count
+                    self.sent_s[one.axis, forward] += seconds
 
     def moves(self) -> list[Move]:
         """Each wanted state of each value once, however many read it."""
@@ -210,8 +243,8 @@ class _Tally:
             made = move(value, have, want, self.where, self.machine, self.width)
             if made is None or (value.op == "get_attr" and have != want):
                 raise ValueError(f"{self.unit.name}.{value.name} cannot go from {have} to {want}")
-            self.sends[str(made.forward), made.size_bytes, True] += 1
-            self.sends[str(made.backward), made.size_bytes, False] += 1
+            self.sends["tensor", str(made.forward), made.size_bytes, True] += 1
+            self.sends["tensor", str(made.backward), made.size_bytes, False] += 1
             found.append(made)
         return found
 
@@ -219,13 +252,41 @@ class _Tally:
         return self.width * numel(local_shape(shape_of(node), state, self.where.ranks))
 
 
+def sent_by(node: fx.Node, shapes: Shapes) -> tuple[Sends, ...]:
+    sends = entry_of(node).sends
+    return sends(node, shapes) if sends is not None else ()
+
+
+def operator_sends_s(
+    one: Sends, cost: OperatorCost, inner: Mapping[str, Group], machine: Machine, width: int
+) -> tuple[float, float]:
+    """Exposed seconds (forward, backward) of what an operator sends by itself."""
+    where, found = inner[one.axis], []
+    for elements, computing_s in (
+        (one.elements_forward, cost.forward_s),
+        (one.elements_backward, cost.backward_s),
+    ):
+        sent = one.count * collective_s(one.kind, width * elements, where)
+        found.append(exposed_s(sent, computing_s, machine.overlap) if one.hidden else sent)
+    return found[0], found[1]
+
+
 def parameter_nodes(unit: Unit) -> list[fx.Node]:
     return [n for n in unit.graph.nodes if n.op == "get_attr"]
 
 
-def unit_cost(unit: Unit, layout: Layout, where: Group, machine: Machine, width: int) -> UnitCost:
-    """Errors: ValueError when two placements disagree in a way that no conversion mends."""
-    tally = _Tally(unit, layout, where, machine, width)
+def unit_cost(
+    unit: Unit,
+    layout: Layout,
+    where: Group,
+    machine: Machine,
+    width: int,
+    inner: Mapping[str, Group] | None = None,
+) -> UnitCost:
+    """`where`: the tensor ranks. `inner`: the groups of the axes that operators send over.
+
+    Errors: ValueError when two placements disagree in a way that no conversion mends."""
+    tally = _Tally(unit, layout, where, machine, width, inner=inner or {})
     costs = [tally.operator(node) for node in unit.calls()]
     moves = tally.moves()
     flow = next(n for n in unit.graph.nodes if n.op == "placeholder")
@@ -242,6 +303,10 @@ def unit_cost(unit: Unit, layout: Layout, where: Group, machine: Machine, width:
         backward_s=sum(c.backward_s for c in costs),
         tensor_forward_s=sum(m.forward_s for m in moves),
         tensor_backward_s=sum(m.backward_s for m in moves),
+        context_forward_s=tally.sent_s["context", True],
+        context_backward_s=tally.sent_s["context", False],
+        expert_forward_s=tally.sent_s["expert", True],
+        expert_backward_s=tally.sent_s["expert", False],
         flops=sum(c.flops for c in costs),
         backward_flops=sum(c.backward_flops for c in costs),
         model_flops=sum(c.model_flops for c in costs),
@@ -258,7 +323,9 @@ def unit_cost(unit: Unit, layout: Layout, where: Group, machine: Machine, width:
     )
 
 
-def _by_size(sends: Counter[tuple[str, int, bool]]) -> tuple[tuple[str, int, int, int], ...]:
+def _by_size(
+    sends: Counter[tuple[str, str, int, bool]],
+) -> tuple[tuple[str, str, int, int, int], ...]:
     quiet = (Collective.NONE, Collective.SLICE)
-    keys = sorted({(k, size) for k, size, _ in sends if k not in quiet})
-    return tuple((k, size, sends[k, size, True], sends[k, size, False]) for k, size in keys)
+    keys = sorted({key[:3] for key in sends if key[1] not in quiet})
+    return tuple((*key, sends[*key, True], sends[*key, False]) for key in keys)

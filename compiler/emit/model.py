@@ -70,10 +70,13 @@ class Header:
             "pipeline": m.pipeline,
             "replicas": m.replicas,
             "shards": m.shards,
+            "context": m.context,
             "tensor": m.tensor,
         }
         named = [f"{name} {size}" for name, size in axes.items() if size > 1]
         mesh = " x ".join(named) + f" = {m.world_size} processes" if named else "one process"
+        if m.expert > 1:
+            mesh += f", experts over {m.expert} data ranks"
         return [
             f"Emitted by llmspec from {self.spec}. Spec {p.spec_hash}, plan {p.plan_hash}.",
             f"Change the spec or the plan, then: llmspec compile {self.spec}",

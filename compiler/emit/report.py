@@ -316,7 +316,7 @@ def summary(predicted: dict[str, Any]) -> list[tuple[str, float, str]]:
 def print_report(program: Program, lowered: Lowered) -> str:
     """The page, whole. Errors: Unsupported when the plan cannot be priced."""
     plan = lowered.plan
-    known = forecast(program, plan, lowered.whole)
+    known = forecast(program, plan, lowered.model)
     predicted = known.predicted
     machine = machine_of(program.cluster, types_of(program.train))
     repeated = dict.fromkeys(i.unit for i in lowered.whole.instances if i.prefix)

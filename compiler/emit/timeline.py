@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmspec.compiler.cost.memory import Ledger, Residence, ledger
-from llmspec.compiler.cost.network import group, send_s
+from llmspec.compiler.cost.network import group, inner_groups, send_s
 from llmspec.compiler.cost.stage import Stage
 from llmspec.compiler.cost.step import durations
 from llmspec.compiler.graph import ModelGraph
@@ -20,6 +20,7 @@ from llmspec.compiler.search.meshes import Grid
 from llmspec.compiler.search.options import TensorOption
 from llmspec.compiler.search.predicted import plan_object, predicted_object
 from llmspec.compiler.search.space import Candidate, Shape, Space
+from llmspec.compiler.views import view_of
 from llmspec.dsl.program import Program
 
 
@@ -104,11 +105,19 @@ def _shape(space: Space, plan: Plan) -> Shape:
         sequence=plan.sequence,
         leaning="time",
         where=group(mesh.tensor, 1, space.machine),
+        inner=inner_groups(mesh.tensor, mesh.context, mesh.expert, space.machine),
+        view=view_of(plan),
         placements=plan.placements,
     )
     return Shape(
         option=option,
-        grid=Grid(tensor=mesh.tensor, pipeline=mesh.pipeline, data=mesh.data),
+        grid=Grid(
+            tensor=mesh.tensor,
+            pipeline=mesh.pipeline,
+            data=mesh.data,
+            context=mesh.context,
+            expert=mesh.expert,
+        ),
         microbatch=plan.microbatch,
         microbatches=plan.microbatches,
         recompute=tuple(plan.recompute.items()),
@@ -121,8 +130,8 @@ def _residence(plan: Plan, index: int) -> Residence:
     every = plan.schedule == Schedule.GPIPE and pipeline > 1
     return Residence(
         zero=plan.zero,
-        data=plan.mesh.data,
-        shards=plan.mesh.shards,
+        data=plan.mesh.data * plan.mesh.context,
+        shards=plan.mesh.shards * plan.mesh.context,
         microbatches=count,
         in_flight=count if every else min(count, pipeline - index),
         sends_on=index < pipeline - 1,

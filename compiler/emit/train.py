@@ -238,7 +238,7 @@ class TrainPrinter:
         t, train = self.text, self.train
         m = self.plan.mesh
         sizes = {"pipeline": m.pipeline, "replicas": m.replicas, "shards": m.shards}
-        sizes |= {"tensor": m.tensor}
+        sizes |= {"expert": m.expert, "context": m.context, "tensor": m.tensor}
         axes = ", ".join(f"{k}={v}" for k, v in sizes.items() if v > 1)
         clip = train.optimizer.option("clip")
         t.line("@record  # torchrun shows the first failure of any process")

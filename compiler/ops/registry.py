@@ -19,6 +19,7 @@ from llmspec.compiler.placement import (
     PARTIAL,
     SHADOW,
     WHOLE,
+    Collective,
     Split,
     State,
 )
@@ -140,6 +141,23 @@ class Saved:
     extra_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sends:
+    """What an operator itself sends over an axis other than `tensor`, on one rank.
+
+    elements_forward, elements_backward: of one collective, counted as `cost.network.collective_s`
+        counts its bytes; 0: that direction sends nothing. count: how many of them.
+    hidden: they travel while this operator computes.
+    """
+
+    axis: str
+    kind: Collective
+    elements_forward: int
+    elements_backward: int
+    count: int = 1
+    hidden: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Printed:
     """How a node is printed: an expression, and the names that the emitted module must import.
@@ -181,6 +199,8 @@ class Entry:
     """What `model_flops` counts where that differs from what is executed (causal attention's
     half).
     """
+    sends: Callable[[fx.Node, Shapes], tuple[Sends, ...]] | None = None
+    """What it sends over the context or expert axis; None: nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ forward and backward, and prices for parameter bytes and for bytes kept until th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +19,14 @@ from llmspec.compiler.cost.compute import is_integer, local_shapes, operator_cos
 from llmspec.compiler.cost.hardware import Machine
 from llmspec.compiler.cost.network import Group, collective_s
 from llmspec.compiler.cost.types import Types
-from llmspec.compiler.cost.unit import Layout, move, parameter_nodes, storage
+from llmspec.compiler.cost.unit import (
+    Layout,
+    move,
+    operator_sends_s,
+    parameter_nodes,
+    sent_by,
+    storage,
+)
 from llmspec.compiler.errors import InternalError
 from llmspec.compiler.graph import Unit
 from llmspec.compiler.ops.registry import (
@@ -75,6 +83,7 @@ class Problem:
     """One unit to be placed. `sequence`: the value that flows between units is split along its
     tokens.
 
+    inner: the groups of the axes that operators themselves send over.
     fixed: parameters whose state another unit has already chosen (a tied table).
     """
 
@@ -85,6 +94,7 @@ class Problem:
     machine: Machine
     types: Types
     prices: Prices
+    inner: Mapping[str, Group] = field(default_factory=dict)
     fixed: dict[str, State] = field(default_factory=dict)
 
     @property
@@ -129,7 +139,12 @@ def choice_s(problem: Problem, node: fx.Node, choice: Choice) -> float:
     """An operator's two passes, and what it keeps besides its operands and result."""
     shapes = local_shapes(node, choice, problem.ranks)
     cost = operator_cost(node, shapes, problem.machine, problem.types.compute)
-    return cost.forward_s + cost.backward_s + problem.prices.saved * cost.saved.extra_bytes
+    sent = sum(
+        sum(operator_sends_s(s, cost, problem.inner, problem.machine, problem.types.compute))
+        for s in sent_by(node, shapes)
+    )
+    kept = problem.prices.saved * cost.saved.extra_bytes
+    return cost.forward_s + cost.backward_s + sent + kept
 
 
 def kept_values(node: fx.Node, choice: Choice) -> list[tuple[fx.Node, State]]:

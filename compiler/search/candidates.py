@@ -62,8 +62,15 @@ class Candidate:
             pipeline=grid.pipeline,
             replicas=grid.data // self.shards,
             shards=self.shards,
+            context=grid.context,
+            expert=grid.expert,
             tensor=grid.tensor,
         )
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts ZeRO cuts what it shards."""
+        return self.shards * self.shape.grid.context if self.zero else 1
 
     @property
     def peak_bytes(self) -> int:
@@ -80,6 +87,8 @@ class Candidate:
         return (
             shape.grid.pipeline,
             shape.grid.tensor,
+            shape.grid.context,
+            shape.grid.expert,
             self.zero,
             self.zero > 0 and self.shards < shape.grid.data,
             -self.shards,
@@ -87,6 +96,7 @@ class Candidate:
             shape.microbatches,
             self.schedule is not Schedule.ONE_F_ONE_B,
             shape.option.sequence,
+            shape.option.view.style or "",
             shape.option.leaning != "time",
             shape.cut,
         )

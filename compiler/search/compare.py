@@ -42,8 +42,10 @@ def families(problem: Problem) -> tuple[Family, ...]:
 
 def _family(problem: Problem, name: str, layout: Layout) -> Family:
     types = problem.types
-    cost = unit_cost(problem.unit, layout, problem.where, problem.machine, types.compute)
-    passes = cost.forward_s + cost.backward_s + cost.tensor_forward_s + cost.tensor_backward_s
+    cost = unit_cost(
+        problem.unit, layout, problem.where, problem.machine, types.compute, problem.inner
+    )
+    passes = cost.whole_forward_s + cost.whole_backward_s
     return Family(
         name=name,
         layout=layout,

@@ -43,11 +43,15 @@ def shape_families(shape: Shape | Outline) -> tuple[Family, ...]:
     names: list[Family] = [
         ("tensor", str(shape.grid.tensor)),
         ("pipeline", str(shape.grid.pipeline)),
+        ("context", str(shape.grid.context)),
+        ("expert", str(shape.grid.expert)),
         ("microbatch", str(shape.microbatch)),
         ("recompute", "full" if any(p == "full" for _, p in shape.recompute) else "none"),
     ]
     if shape.grid.tensor > 1:
         names.append(("sequence", "on" if shape.option.sequence else "off"))
+    if shape.option.view.style:
+        names.append(("context_style", shape.option.view.style))
     return tuple(names)
 
 
@@ -55,7 +59,7 @@ def possible_families(outline: Outline, space: Space) -> set[Family]:
     """Every family that some candidate of the outline belongs to."""
     names = set(shape_families(outline))
     data = outline.grid.data
-    for zero, shards in shardings(data, space.pins):
+    for zero, shards in shardings(outline.grid, space.pins):
         names.add(("zero", str(zero)))
         if zero:
             names.add(("sharding", "hybrid" if shards < data else "full"))
@@ -165,7 +169,11 @@ def describe(found: Candidate) -> str:
     if found.zero:
         words.append(f"zero {found.zero}")
         if mesh.shards < mesh.data:
-            words.append(f"shard {mesh.shards}")
+            words.append(f"shard {found.parts}")
+    if mesh.expert > 1:
+        words.append(f"expert {mesh.expert}")
+    if mesh.context > 1:
+        words.append(f"context {mesh.context} ({shape.option.view.style})")
     if mesh.tensor > 1:
         words.append(f"tensor {mesh.tensor}")
         words.append("sequence on" if shape.option.sequence else "sequence off")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import gcd
 
 from llmspec.compiler.search.pins import Pins
 
@@ -15,34 +16,61 @@ def divisors(n: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """Ranks along tensor and pipeline, and what is left for data."""
+    """Ranks along tensor, context and pipeline, and what is left for data; expert ranks are some of
+    the data ranks."""
 
     tensor: int
     pipeline: int
     data: int
+    context: int = 1
+    expert: int = 1
 
 
-def grids(world: int, per_node: int, blocks: int, pins: Pins) -> Iterator[Grid]:
-    """Tensor ranks stay inside a node; a pipeline has at most a block on each rank."""
+def grids(
+    world: int,
+    per_node: int,
+    blocks: int,
+    pins: Pins,
+    *,
+    contexts: Sequence[int] = (1,),
+    experts: int = 1,
+) -> Iterator[Grid]:
+    """Tensor ranks stay inside a node; a pipeline has at most a block on each rank.
+
+    contexts: the numbers of context ranks that can share a sequence. experts: what the number of
+        expert ranks must divide.
+    """
     pinned = pins.stage_blocks()
     for tensor in pins.allowed("tensor", divisors(per_node)):
         if world % tensor:
             continue
         for pipeline in pins.allowed("pipeline", divisors(world // tensor)):
-            data = world // tensor // pipeline
-            if pipeline > blocks or not pins.allows("data", data):
+            if pipeline > blocks:
                 continue
             if pinned is not None and len(pinned) != pipeline:
                 continue
-            yield Grid(tensor=tensor, pipeline=pipeline, data=data)
+            for context in pins.allowed("context", contexts):
+                data, rest = divmod(world // tensor // pipeline, context)
+                if rest or not pins.allows("data", data):
+                    continue
+                for expert in pins.allowed("expert", divisors(gcd(experts, data))):
+                    yield Grid(
+                        tensor=tensor,
+                        pipeline=pipeline,
+                        data=data,
+                        context=context,
+                        expert=expert,
+                    )
 
 
-def shardings(data: int, pins: Pins) -> Iterator[tuple[int, int]]:
-    """(zero, shards). ZeRO 0 is one shard; hybrid sharding has fewer shards than data ranks."""
+def shardings(grid: Grid, pins: Pins) -> Iterator[tuple[int, int]]:
+    """(zero, shards of the data ranks). ZeRO 0 is one shard; hybrid sharding has fewer shards than
+    data ranks. Context ranks shard with each of them, and the key `shard` counts them."""
     if pins.allows("zero", 0) and pins.allows("shard", 1):
         yield 0, 1
-    for shards in pins.allowed("shard", divisors(data)):
-        if shards == 1:
+    for shards in divisors(grid.data):
+        parts = shards * grid.context
+        if parts == 1 or not pins.allows("shard", parts):
             continue
         for zero in pins.allowed("zero", (1, 2, 3)):
             yield zero, shards

@@ -3,11 +3,12 @@ prices."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
 from llmspec.compiler.cost.hardware import Machine
-from llmspec.compiler.cost.network import Group, group
+from llmspec.compiler.cost.network import Group, group, inner_groups
 from llmspec.compiler.cost.types import Types
 from llmspec.compiler.cost.unit import Layout
 from llmspec.compiler.graph import ModelGraph
@@ -24,6 +25,7 @@ from llmspec.compiler.search.blocks import (
     placement_of,
     time_prices,
 )
+from llmspec.compiler.views import WHOLE_VIEW, View
 
 FAIR_SHARE = 1.2
 """How much more than its part of the parameters a tensor rank may hold, if that can be had."""
@@ -33,17 +35,28 @@ SPLIT_S_PER_BYTE = 1e-3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorOption:
-    """One way to place every unit on `ranks` tensor ranks. `leaning`: which prices it answers."""
+    """One way to place every unit on `ranks` tensor ranks. `leaning`: which prices it answers.
+
+    where: the tensor ranks. inner: the axes that operators send over by themselves.
+    view: what the placed graph is a view of.
+    """
 
     ranks: int
     sequence: bool
     leaning: str
     where: Group
+    inner: Mapping[str, Group]
+    view: View
     placements: dict[str, UnitPlacement]
 
 
 def tensor_options(
-    graph: ModelGraph, ranks: int, sequences: list[bool], machine: Machine, types: Types
+    graph: ModelGraph,
+    ranks: int,
+    sequences: list[bool],
+    machine: Machine,
+    types: Types,
+    view: View = WHOLE_VIEW,
 ) -> list[TensorOption]:
     """Distinct placements of the whole model: at prices that value time, and at ones that value
     memory.
@@ -52,20 +65,31 @@ def tensor_options(
     grows in proportion with the micro-batch, so its placements serve larger ones, re-priced there.
     """
     where = group(ranks, 1, machine)
+    inner = inner_groups(ranks, view.context, view.expert, machine)
     if ranks == 1:
         whole = {name: whole_placement(unit) for name, unit in graph.units.items()}
         return [
-            TensorOption(ranks=1, sequence=False, leaning="time", where=where, placements=whole)
+            TensorOption(
+                ranks=1,
+                sequence=False,
+                leaning="time",
+                where=where,
+                inner=inner,
+                view=view,
+                placements=whole,
+            )
         ]
     found: list[TensorOption] = []
     for sequence in sequences:
-        placed = _placed(graph, ranks, sequence, where, machine, types)
+        placed = _placed(graph, ranks, sequence, where, inner, machine, types)
         for leaning, placements in placed.items():
             option = TensorOption(
                 ranks=ranks,
                 sequence=sequence,
                 leaning=leaning,
                 where=where,
+                inner=inner,
+                view=view,
                 placements=placements,
             )
             found.append(option)
@@ -73,7 +97,13 @@ def tensor_options(
 
 
 def _placed(
-    graph: ModelGraph, ranks: int, sequence: bool, where: Group, machine: Machine, types: Types
+    graph: ModelGraph,
+    ranks: int,
+    sequence: bool,
+    where: Group,
+    inner: Mapping[str, Group],
+    machine: Machine,
+    types: Types,
 ) -> dict[str, dict[str, UnitPlacement]]:
     """Distinct placements by what their prices lean to. Tensor ranks are there to split the model:
     where links are so slow that repeating the work would be faster, the price of a parameter is
@@ -85,7 +115,7 @@ def _placed(
     for leaning, price in prices.items():
         if leaning == "split" and min(shares.values(), default=1.0) <= FAIR_SHARE / ranks:
             break
-        placements = place_model(graph, ranks, sequence, where, machine, types, price)
+        placements = place_model(graph, ranks, sequence, where, machine, types, price, inner)
         if placements is not None and placements not in found.values():
             found[leaning] = placements
             shares[leaning] = parameter_share(graph, placements, ranks)
@@ -112,6 +142,7 @@ def place_model(
     machine: Machine,
     types: Types,
     prices: Prices,
+    inner: Mapping[str, Group] | None = None,
 ) -> dict[str, UnitPlacement] | None:
     """Units one by one, except those that share a weight: they are tried in each of its states
     together. None when the tokens do not divide."""
@@ -124,6 +155,7 @@ def place_model(
             machine=machine,
             types=types,
             prices=prices,
+            inner=inner or {},
         )
         for name, unit in graph.units.items()
     }

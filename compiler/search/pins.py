@@ -9,9 +9,6 @@ from llmspec.compiler.errors import Unsupported
 from llmspec.dsl.program import Constraint, Option, Program, Relation
 
 ONLY: dict[str, tuple[Option, ...]] = {
-    "context": (1,),
-    "context_style": ("ring", "ulysses", "gather"),
-    "expert": (1,),
     "interleave": (1,),
     "offload": ("none",),
     "kernels": ("eager",),
@@ -23,6 +20,9 @@ SEARCHED = (
     "shard",
     "zero",
     "tensor",
+    "context",
+    "context_style",
+    "expert",
     "sequence",
     "pipeline",
     "schedule",

@@ -55,13 +55,13 @@ def plan_object(space: Space, found: Candidate) -> Number:
     policies = {policy for _, policy in shape.recompute}
     return {
         "data": mesh.data,
-        "shard": mesh.shards,
+        "shard": found.parts,
         "zero": found.zero,
         "tensor": mesh.tensor,
         "sequence": "on" if shape.option.sequence else "off",
-        "context": 1,
-        "context_style": None,
-        "expert": 1,
+        "context": mesh.context,
+        "context_style": shape.option.view.style,
+        "expert": mesh.expert,
         "pipeline": mesh.pipeline,
         "interleave": 1,
         "schedule": str(found.schedule) if mesh.pipeline > 1 else None,
@@ -129,22 +129,25 @@ def collectives(space: Space, found: Candidate, stages: list[Stage]) -> list[Num
     counted: Counter[tuple[str, str, int, int]] = Counter()
     for run in stage.runs:
         again = 2 if run.recompute else 1
-        for kind, size, forward, backward in run.cost.sends:
+        for axis, kind, size, forward, backward in run.cost.sends:
             often = run.count * shape.microbatches * (again * forward + backward)
-            counted[kind, "tensor", mesh.tensor, size] += often
+            counted[kind, axis, getattr(mesh, axis), size] += often
     summed = space.types.gradients * stage.shadow_elements
     if mesh.tensor > 1 and summed:
-        parts = mesh.shards if found.zero else 1
-        counted[str(Collective.ALL_REDUCE), "tensor", mesh.tensor, -(-summed // parts)] += 1
+        counted[str(Collective.ALL_REDUCE), "tensor", mesh.tensor, -(-summed // found.parts)] += 1
     data = space.data_costs(shape, stages, found.zero, found.shards)[busiest]
-    sizes = {"shards": mesh.shards, "replicas": mesh.replicas, "data": mesh.data}
+    sizes = {
+        "shards": mesh.shards * mesh.context,
+        "replicas": mesh.replicas,
+        "data": mesh.data * mesh.context,
+    }
     for kind, axis, size, often in data.sends:
         counted[kind, axis, sizes[axis], size] += often
     if mesh.pipeline > 1:
         message = max(s.output_bytes for s in stages[:-1])
         ends = (busiest > 0) + (busiest < mesh.pipeline - 1)
         counted["send", "pipeline", mesh.pipeline, message] += ends * shape.microbatches
-        shared, _ = space.shared_weights(stages, mesh, mesh.shards if found.zero else 1)
+        shared, _ = space.shared_weights(stages, mesh, found.parts)
         if shared:
             counted[str(Collective.ALL_REDUCE), "pipeline", 2, shared] += 1
     return [

@@ -119,7 +119,7 @@ def placed(space: Space, winner: Candidate) -> list[str]:
     option = winner.shape.option
     if option.ranks == 1:
         return []
-    graph = space.graph(winner.shape.microbatch)
+    graph = space.graph(winner.shape.microbatch, option.view)
     lines = []
     for name in dict.fromkeys(i.unit for i in graph.instances if i.prefix):
         lines += placement_text(
@@ -128,6 +128,7 @@ def placed(space: Space, winner: Candidate) -> list[str]:
                 ranks=option.ranks,
                 sequence=option.sequence,
                 where=option.where,
+                inner=option.inner,
                 machine=space.machine,
                 types=space.types,
                 prices=time_prices(space.machine, space.types, winner.shape.microbatches),
@@ -154,6 +155,7 @@ def plan_of(space: Space, winner: Candidate, considered: int, fit: int) -> Plan:
         microbatch=shape.microbatch,
         microbatches=shape.microbatches,
         schedule=str(winner.schedule),
+        context_style=shape.option.view.style,
         stages=shape.cut,
         recompute=dict(shape.recompute),
         placements=shape.option.placements,

@@ -16,6 +16,7 @@ from llmspec.compiler.cost.network import (
     data_group,
     group,
     send_s,
+    shards_group,
 )
 from llmspec.compiler.cost.stage import Run, Stage
 from llmspec.compiler.cost.step import (
@@ -29,6 +30,8 @@ from llmspec.compiler.cost.step import (
 from llmspec.compiler.cost.types import Types, types_of
 from llmspec.compiler.cost.unit import UnitCost, resolve, unit_cost
 from llmspec.compiler.graph import ModelGraph
+from llmspec.compiler.passes.context import possible_styles
+from llmspec.compiler.passes.experts import expert_divisor
 from llmspec.compiler.placement import Collective
 from llmspec.compiler.plan import MeshSizes
 from llmspec.compiler.schedules import Schedule, actions
@@ -37,6 +40,7 @@ from llmspec.compiler.search.meshes import Grid, divisors, grids, shardings
 from llmspec.compiler.search.options import TensorOption, tensor_options
 from llmspec.compiler.search.pins import Pins
 from llmspec.compiler.search.stages import Cut, balanced, block_starts, cut_at
+from llmspec.compiler.views import WHOLE_VIEW, View, seen
 from llmspec.dsl.program import Program
 
 Operators = tuple[str, ...]
@@ -55,9 +59,9 @@ class Space:
     pins: Pins
     types: Types
     machine: Machine
-    graphs: dict[int, ModelGraph] = field(default_factory=dict)
+    graphs: dict[tuple[int, View], ModelGraph] = field(default_factory=dict)
     operators: dict[int, Operators] = field(default_factory=dict)
-    options: dict[tuple[int, Operators], list[TensorOption]] = field(default_factory=dict)
+    options: dict[tuple[int, View, Operators], list[TensorOption]] = field(default_factory=dict)
     unit_costs: dict[tuple[int, int], dict[str, UnitCost]] = field(default_factory=dict)
     stages: dict[tuple[object, ...], Stage] = field(default_factory=dict)
     lists: dict[tuple[object, ...], dict[int, tuple[str, ...]]] = field(default_factory=dict)
@@ -72,10 +76,13 @@ class Space:
     def budget_bytes(self) -> int:
         return self.program.budget.memory_bytes
 
-    def graph(self, microbatch: int) -> ModelGraph:
-        if microbatch not in self.graphs:
-            self.graphs[microbatch] = self.build(microbatch)
-        return self.graphs[microbatch]
+    def graph(self, microbatch: int, view: View = WHOLE_VIEW) -> ModelGraph:
+        """What one rank sees of the model, for micro-batches of so many sequences."""
+        key = (microbatch, view)
+        if key not in self.graphs:
+            whole = self.build(microbatch) if view == WHOLE_VIEW else self.graph(microbatch)
+            self.graphs[key] = seen(whole, view)
+        return self.graphs[key]
 
     @cached_property
     def blocks(self) -> int:
@@ -84,17 +91,38 @@ class Space:
     # -- enumeration
 
     def grids(self) -> list[Grid]:
-        cluster = self.program.cluster
-        return list(grids(cluster.world_size, cluster.devices_per_node, self.blocks, self.pins))
+        cluster, graph = self.program.cluster, self.graph(1)
+        sharing = (n for n in divisors(cluster.world_size) if n > 1 and possible_styles(graph, n))
+        return list(
+            grids(
+                cluster.world_size,
+                cluster.devices_per_node,
+                self.blocks,
+                self.pins,
+                contexts=(1, *sharing),
+                experts=expert_divisor(graph),
+            )
+        )
 
-    def tensor_options(self, ranks: int, microbatch: int) -> list[TensorOption]:
+    def views(self, grid: Grid) -> list[View]:
+        if grid.context == 1:
+            return [View(expert=grid.expert)]
+        styles = possible_styles(self.graph(1), grid.context)
+        return [
+            View(context=grid.context, style=style, expert=grid.expert)
+            for style in styles
+            if self.pins.allows("context_style", style)
+        ]
+
+    def tensor_options(self, ranks: int, microbatch: int, view: View) -> list[TensorOption]:
         """Placements are found at one sequence, and serve every micro-batch whose graph has the
         same operators; a traced model may have others at one sequence."""
         size = 1 if self._operators(microbatch) == self._operators(1) else microbatch
-        key = (ranks, self._operators(size))
+        key = (ranks, view, self._operators(size))
         if key not in self.options:
             sequences = [s for s in (False, True) if self.pins.allows("sequence", s)]
-            found = tensor_options(self.graph(size), ranks, sequences, self.machine, self.types)
+            graph = self.graph(size, view)
+            found = tensor_options(graph, ranks, sequences, self.machine, self.types, view)
             if ranks == 1 and not self.pins.allows("sequence", False):
                 found = []
             self.options[key] = found
@@ -146,8 +174,9 @@ class Space:
                     option.where,
                     self.machine,
                     self.types.compute,
+                    option.inner,
                 )
-                for name, unit in self.graph(microbatch).units.items()
+                for name, unit in self.graph(microbatch, option.view).units.items()
             }
         return self.unit_costs[key]
 
@@ -217,6 +246,8 @@ class Space:
             pipeline=grid.pipeline,
             replicas=grid.data // shards,
             shards=shards,
+            context=grid.context,
+            expert=grid.expert,
             tensor=grid.tensor,
         )
 
@@ -234,8 +265,8 @@ class Space:
             seen.add(id(stage))
             home = Residence(
                 zero=zero,
-                data=shape.grid.data,
-                shards=shards,
+                data=shape.grid.data * shape.grid.context,
+                shards=shards * shape.grid.context,
                 microbatches=count,
                 in_flight=count
                 if schedule is Schedule.GPIPE and pipeline > 1
@@ -253,7 +284,7 @@ class Space:
     ) -> list[DataCost]:
         mesh = self.mesh(shape.grid, shards)
         groups = DataGroups(
-            shards=axis_group("shards", mesh, self.machine),
+            shards=shards_group(mesh, self.machine),
             replicas=axis_group("replicas", mesh, self.machine),
             data=data_group(mesh, self.machine),
         )
@@ -275,7 +306,8 @@ class Space:
     ) -> Times:
         """`play`: the schedule's own action lists instead of the closed form."""
         data = self.data_costs(shape, stages, zero, shards)
-        mesh, parts = self.mesh(shape.grid, shards), shards if zero else 1
+        mesh = self.mesh(shape.grid, shards)
+        parts = shards * shape.grid.context if zero else 1
         spent = [durations(s, d) for s, d in zip(stages, data, strict=True)]
         message = max((s.output_bytes for s in stages[:-1]), default=0)
         sending = send_s(message, mesh, self.machine) if len(stages) > 1 else 0.0
@@ -314,7 +346,8 @@ class Space:
             self._outline(grid, microbatch, microbatches, option, recompute)
             for grid in self.grids()
             for microbatch, microbatches in self.microbatches(grid)
-            for option in self.tensor_options(grid.tensor, microbatch)
+            for view in self.views(grid)
+            for option in self.tensor_options(grid.tensor, microbatch, view)
             for recompute in self.recomputes()
         ]
         return sorted(found, key=lambda o: o.least_s)
@@ -333,7 +366,8 @@ class Space:
             costs, stop = self.costs(option, microbatch), len(self.graph(1).instances)
             self.stages[key] = self._stage_of(costs, dict(recompute), 0, stop, pipeline=1)
         whole = self.stages[key]
-        kept_once = (self.types.weights + self.types.moments) * whole.elements / grid.data
+        sharing = grid.data * grid.context
+        kept_once = (self.types.weights + self.types.moments) * whole.elements / sharing
         stored = kept_once + whole.kept_bytes(0)
         return Outline(
             option=option,
@@ -364,14 +398,14 @@ class Space:
         """Every plan of an outline; those that do not fit have no times."""
         for shape in self.shapes(outline):
             stages = [self.stage(shape, a, b) for a, b in shape.cut]
-            for zero, shards in shardings(shape.grid.data, self.pins):
+            for zero, shards in shardings(shape.grid, self.pins):
                 for schedule in self.schedules(shape.grid.pipeline):
                     yield self._candidate(shape, stages, zero, shards, schedule)
 
     def smallest_of(self, outline: Outline) -> Iterator[Candidate]:
         """Of each ZeRO level the plan that shards most, for what cannot fit anyway."""
         shape = self.shapes(outline)[-1:]
-        for zero, shards in dict(shardings(outline.grid.data, self.pins)).items():
+        for zero, shards in dict(shardings(outline.grid, self.pins)).items():
             for one in shape:
                 stages = [self.stage(one, a, b) for a, b in one.cut]
                 for schedule in self.schedules(one.grid.pipeline)[:1]:

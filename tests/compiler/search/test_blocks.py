@@ -197,6 +197,6 @@ def test_costs_follow_the_sharded_graph(llama_8b):
     moves = [n.meta["move"] for n in lowered.calls() if "move" in n.meta]
     sending = [m for m in moves if m.conversion.forward not in ("none", "slice")]
     cost = unit_cost(unit, layout, group(8, 1, MACHINE), MACHINE, 2)
-    assert sum(forward for _, _, forward, _ in cost.sends) == len(sending)
+    assert sum(forward for _, _, _, forward, _ in cost.sends) == len(sending)
     split = [n for n in lowered.calls() if "move" not in n.meta]
     assert {n.name: n.meta["shape"] for n in split}["swiglu_hidden"] == (1, 8192, 14336 // 8)
