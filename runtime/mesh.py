@@ -1,11 +1,12 @@
 """From the plan's axis sizes and torchrun's environment to process groups: `start(...) -> Mesh`.
 
 Rank order, outer to inner: pipeline, replicas, shards, context, tensor. Tensor is innermost.
+Expert ranks are no axis of their own: a group of them is `expert` consecutive data ranks.
 """
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -30,7 +31,12 @@ class Axis:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mesh:
-    """data = replicas x shards; reduction = data x context: all ranks that share a gradient sum."""
+    """data = replicas x shards; reduction = data x context: all ranks that share a gradient sum.
+
+    expert: the ranks that have a layer's experts between them. expert_data: the ranks with the same
+    experts, which share the sum of an expert's gradient.
+    experts: the ranks as (pipeline, expert_data, expert, tensor), where experts are split.
+    """
 
     device: torch.device
     whole: DeviceMesh
@@ -41,8 +47,11 @@ class Mesh:
     tensor: Axis
     data: Axis
     reduction: Axis
+    expert: Axis
+    expert_data: Axis
     world: Axis
     flat: dict[tuple[str, ...], DeviceMesh]
+    experts: DeviceMesh | None
 
     @staticmethod
     def create(
@@ -52,9 +61,12 @@ class Mesh:
         replicas: int = 1,
         shards: int = 1,
         context: int = 1,
+        expert: int = 1,
         tensor: int = 1,
     ) -> "Mesh":
-        """Needs a running process group of exactly pipeline * replicas * ... ranks."""
+        """Needs a running process group of exactly pipeline * replicas * ... ranks; the expert
+        ranks are some of the data ranks, and divide them.
+        """
         device = torch.device(device)
         sizes = (pipeline, replicas, shards, context, tensor)
         world = math.prod(sizes)
@@ -62,19 +74,31 @@ class Mesh:
             raise UserError(_wrong_world(dist.get_world_size(), sizes))
         whole = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
         flat: dict[tuple[str, ...], DeviceMesh] = {}
+        experts = _expert_devices(device, sizes, expert) if expert > 1 else None
+        reduction = _axis(whole, flat, "reduction", "replicas", "shards", "context")
         return Mesh(
             device=device,
             whole=whole,
             **{name: _axis(whole, flat, name, name) for name in AXES},
             data=_axis(whole, flat, "data", "replicas", "shards"),
-            reduction=_axis(whole, flat, "reduction", "replicas", "shards", "context"),
+            reduction=reduction,
+            expert=_expert_axis(experts, "expert")
+            or Axis(name="expert", rank=0, size=1, group=None),
+            expert_data=_expert_axis(experts, "expert_data")
+            or replace(reduction, name="expert_data"),
             world=Axis(name="world", rank=dist.get_rank(), size=world, group=dist.group.WORLD),
             flat=flat,
+            experts=experts,
         )
 
     def devices(self, *axes: str) -> DeviceMesh:
         """The submesh with these axes as its dims, for DTensor."""
         return self.whole[axes[0]] if len(axes) == 1 else self.whole[axes]
+
+    def expert_devices(self, *axes: str) -> DeviceMesh:
+        """The same of the mesh that splits experts."""
+        assert self.experts is not None, "the plan has no expert ranks"
+        return self.experts[axes[0]] if len(axes) == 1 else self.experts[axes]
 
     def shard_devices(self) -> DeviceMesh:
         """The mesh FSDP2 shards over: (shards x context), or (replicas, shards x context)."""
@@ -90,7 +114,13 @@ class Mesh:
 
 
 def start(
-    *, pipeline: int = 1, replicas: int = 1, shards: int = 1, context: int = 1, tensor: int = 1
+    *,
+    pipeline: int = 1,
+    replicas: int = 1,
+    shards: int = 1,
+    context: int = 1,
+    expert: int = 1,
+    tensor: int = 1,
 ) -> Mesh:
     """Join the process group torchrun prepared (or be alone without torchrun) and lay the mesh."""
     sizes = (pipeline, replicas, shards, context, tensor)
@@ -102,7 +132,13 @@ def start(
     if not dist.is_initialized():
         _join(rank, world, device)
     return Mesh.create(
-        device, pipeline=pipeline, replicas=replicas, shards=shards, context=context, tensor=tensor
+        device,
+        pipeline=pipeline,
+        replicas=replicas,
+        shards=shards,
+        context=context,
+        expert=expert,
+        tensor=tensor,
     )
 
 
@@ -155,6 +191,30 @@ def _axis(whole: DeviceMesh, flat: dict, name: str, *axes: str) -> Axis:
         if real not in flat:
             flat[real] = whole[real]._flatten("_".join(real))
         devices = flat[real]
+    return Axis(
+        name=name, rank=devices.get_local_rank(), size=devices.size(), group=devices.get_group()
+    )
+
+
+def _expert_devices(device: torch.device, sizes: tuple[int, ...], expert: int) -> DeviceMesh:
+    """A mesh of its own: DTensors and FSDP2 want their axes cut from one, and these cross the
+    others'.
+    """
+    pipeline, replicas, shards, context, tensor = sizes
+    data = replicas * shards
+    assert data % expert == 0, f"{expert} expert ranks do not divide {data} data ranks"
+    ranks = torch.arange(math.prod(sizes)).view(pipeline, -1, expert, context, tensor)
+    return DeviceMesh(
+        device.type,
+        ranks.transpose(2, 3).flatten(1, 2),
+        mesh_dim_names=("pipeline", "expert_data", "expert", "tensor"),
+    )
+
+
+def _expert_axis(experts: DeviceMesh | None, name: str) -> Axis | None:
+    if experts is None:
+        return None
+    devices = experts[name]
     return Axis(
         name=name, rank=devices.get_local_rank(), size=devices.size(), group=devices.get_group()
     )

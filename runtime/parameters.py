@@ -50,10 +50,11 @@ def parameter(
 ) -> nn.Parameter:
     """On the meta device; `initialise` gives it memory and values.
 
-    split: {"tensor": dim} cuts this dim over the tensor ranks as torch.chunk does.
+    split: {"tensor": dim} cuts this dim over the tensor ranks as torch.chunk does; {"expert": dim}
+        over the expert ranks, which must divide it.
     partial: see Traits; only for parameters that are whole on every tensor rank.
     """
-    assert not (split and partial), "a split parameter has a whole gradient"
+    assert not (partial and "tensor" in (split or {})), "a split parameter has a whole gradient"
     out = nn.Parameter(_meta(tuple(shape), mesh, split or {}, dtype))
     out.traits = Traits(init=init, partial=partial, decay=decay)  # type: ignore[attr-defined]
     return out
@@ -83,18 +84,30 @@ def traits(model: nn.Module) -> dict[str, Traits]:
     return found
 
 
+def is_expert(p: Tensor) -> bool:
+    """Whether the expert ranks hold different parts of it."""
+    return isinstance(p, DTensor) and "expert" in (p.device_mesh.mesh_dim_names or ())
+
+
 def _meta(shape: tuple[int, ...], mesh: Mesh, split: dict[str, int], dtype: torch.dtype) -> Tensor:
-    assert set(split) <= {"tensor"}, f"parameters split over tensor ranks only, not {set(split)}"
-    if mesh.tensor.size == 1:
+    assert set(split) <= {"expert", "tensor"}, f"no parameter is split over {set(split)}"
+    axes = [a for a in (mesh.expert, mesh.tensor) if a.size > 1]
+    if "expert" not in split:
+        axes = [a for a in axes if a is mesh.tensor]
+    if not axes:
         return torch.empty(shape, device="meta", dtype=dtype)
     local_shape = list(shape)
-    if split:
-        start, stop = chunk_bounds(shape[split["tensor"]], mesh.tensor)
-        local_shape[split["tensor"]] = stop - start
+    for axis in axes:
+        if axis.name in split:
+            dim = split[axis.name]
+            start, stop = chunk_bounds(local_shape[dim], axis)
+            local_shape[dim] = stop - start
+    names = [axis.name for axis in axes]
+    devices = mesh.expert_devices if "expert" in names else mesh.devices
     return DTensor.from_local(
         torch.empty(local_shape, device="meta", dtype=dtype),
-        mesh.devices("tensor"),
-        [Shard(split["tensor"]) if split else Replicate()],
+        devices(*names),
+        [Shard(split[name]) if name in split else Replicate() for name in names],
         run_check=False,
         shape=torch.Size(shape),
         stride=torch.empty(shape, device="meta").stride(),

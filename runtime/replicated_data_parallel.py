@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .gradients import Turn, local_gradient, partial_parameters, sum_over
-from .mesh import Mesh
+from .mesh import Axis, Mesh
+from .parameters import is_expert
 
 # Large enough to use the links, small enough for the first sums to start early: on two processes
 # over Gloo, buckets of a sixth of a 13 MB model beat a single one by a tenth of the step.
@@ -20,6 +21,7 @@ _BUCKETS, _MAX_BUCKET_BYTES = 6, 25 * 2**20
 
 @dataclass(slots=True, kw_only=True)
 class _Bucket:
+    axis: Axis
     parameters: list[nn.Parameter]
     flat: Tensor
     views: list[Tensor]
@@ -35,7 +37,8 @@ class _State:
 
 
 class ReplicatedGradients:
-    """Sums gradients over mesh.reduction, in `reduce` if that is not their own dtype.
+    """Sums gradients over mesh.reduction, in `reduce` if that is not their own dtype; those of
+    weights that the expert ranks have split, over mesh.expert_data.
 
     Alone on its axis a process pays nothing: no hooks, no buckets.
     """
@@ -93,18 +96,23 @@ class ReplicatedGradients:
 
     def _make_buckets(self) -> None:
         trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [p for p in trained if self._axis(p).size > 1]
         enough = min(sum(map(_local_bytes, trained)) / _BUCKETS, _MAX_BUCKET_BYTES)
-        pending: dict[torch.dtype, list[nn.Parameter]] = {}
-        filled: dict[torch.dtype, int] = {}
+        pending: dict[Any, list[nn.Parameter]] = {}
+        filled: dict[Any, int] = {}
         # the backward reaches the last parameters first
         for p in reversed(trained):
-            pending.setdefault(p.dtype, []).append(p)
-            filled[p.dtype] = filled.get(p.dtype, 0) + _local_bytes(p)
-            if filled[p.dtype] >= enough:
-                self._add_bucket(pending.pop(p.dtype))
-                filled[p.dtype] = 0
+            kind = (p.dtype, is_expert(p))
+            pending.setdefault(kind, []).append(p)
+            filled[kind] = filled.get(kind, 0) + _local_bytes(p)
+            if filled[kind] >= enough:
+                self._add_bucket(pending.pop(kind))
+                filled[kind] = 0
         for group in pending.values():
             self._add_bucket(group)
+
+    def _axis(self, p: nn.Parameter) -> Axis:
+        return self.mesh.expert_data if is_expert(p) else self.mesh.reduction
 
     def _add_bucket(self, parameters: list[nn.Parameter]) -> None:
         sizes = [_local(p).numel() for p in parameters]
@@ -116,7 +124,8 @@ class ReplicatedGradients:
         for i, p in enumerate(parameters):
             self.place[p] = (len(self.buckets), i)
             p.register_post_accumulate_grad_hook(self._accumulated)
-        self.buckets.append(_Bucket(parameters=parameters, flat=flat, views=views))
+        axis = self._axis(parameters[0])
+        self.buckets.append(_Bucket(axis=axis, parameters=parameters, flat=flat, views=views))
 
     def _accumulated(self, p: nn.Parameter) -> None:
         number, i = self.place[p]
@@ -139,7 +148,7 @@ class ReplicatedGradients:
                 view.zero_()
                 _set_gradient(p, view)
         bucket.reduced = bucket.flat if self.reduce is None else bucket.flat.to(self.reduce)
-        group = self.mesh.reduction.group
+        group = bucket.axis.group
         bucket.work = dist.all_reduce(bucket.reduced, group=group, async_op=True)
 
 

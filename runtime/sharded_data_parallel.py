@@ -2,7 +2,8 @@
 
 FSDP2 itself moves, for each unit: an all-gather of its parameters before its forward (and, ZeRO 3,
 before its backward), a reduce-scatter of its gradients after its backward, and with replicas
-an all-reduce of the scattered part.
+an all-reduce of the scattered part. Experts that the expert ranks have split are units of their
+own inside those, sharded over all the ranks that hold the same ones.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,17 +12,21 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from .gradients import partial_parameters, sum_over
 from .mesh import Mesh
-from .parameters import traits
+from .parameters import is_expert, traits
 
 
 class ShardedGradients:
-    """Gradients are summed over mesh.reduction, not averaged.
+    """Gradients are summed over mesh.reduction, not averaged; those of weights that the expert
+    ranks have split, over mesh.expert_data.
 
-    units: modules gathered as one; each must be *called* in the model's forward.
+    units: modules gathered as one; each must be *called* in the model's forward, and so must every
+        module that holds weights of experts. Those stay as they are where no other rank has them.
     zero: 1 parameters stay gathered from first to last micro-batch, gradients are whole until
         the last one reduces them; 2 gradients are reduced in every micro-batch; 3 parameters
         are gathered for each unit's forward and again for its backward.
@@ -48,17 +53,20 @@ class ShardedGradients:
             reduce_dtype=None if reduce in (stored, None) and compute in (stored, None) else reduce,
             cast_forward_inputs=False,
         )
-        taken: set[nn.Parameter] = set()
+        kept: set[nn.Parameter] = set()
+        if mesh.expert.size > 1 and mesh.expert_data.size == 1:
+            kept = {p for p in model.parameters() if is_expert(p)}
+        taken = set(kept)
         for unit in (*units, model):
-            fully_shard(
-                unit,
-                mesh=mesh.shard_devices(),
-                mp_policy=policy,
-                # the root's backward follows at once, except in a pipeline
-                reshard_after_forward=zero == 3 and (unit is not model or mesh.pipeline.size > 1),
-                # a unit's parameters may have their names elsewhere in the model
-                ignored_params=taken if unit is model else None,
-            )
+            # the root's backward follows at once, except in a pipeline
+            again = zero == 3 and (unit is not model or mesh.pipeline.size > 1)
+            inner = [] if kept else _holders_of_experts(unit)
+            for experts in inner:
+                _shard(experts, mesh.expert_devices("expert_data"), policy, again)
+            # a unit's parameters may have their names elsewhere in the model
+            _shard(unit, mesh.shard_devices(), policy, again, taken if unit is model else kept)
+            # experts are gathered with the rest, not after their tokens have arrived
+            cast(FSDPModule, unit).set_modules_to_forward_prefetch(cast(list[FSDPModule], inner))
             taken |= set(unit.parameters())
         for module in self._sharded():
             module.set_gradient_divide_factor(1.0)
@@ -111,3 +119,45 @@ class ShardedGradients:
     def _sharded(self) -> list[FSDPModule]:
         """The root first: whichever is used first takes that part."""
         return [m for m in self.model.modules() if isinstance(m, FSDPModule)]
+
+
+def _shard(
+    module: nn.Module,
+    devices: DeviceMesh,
+    policy: MixedPrecisionPolicy,
+    again: bool,
+    ignored: set[nn.Parameter] | None = None,
+) -> None:
+    ranks = devices.size(devices.ndim - 1)
+    fully_shard(
+        module,
+        mesh=devices,
+        mp_policy=policy,
+        reshard_after_forward=again,
+        ignored_params=ignored,
+        shard_placement_fn=lambda p: _shard_dim(p, ranks),
+    )
+
+
+_MOST_PADDING = 1.125
+"""Of a parameter's bytes, if the first dim is cut into equal parts."""
+
+
+def _shard_dim(p: nn.Parameter, ranks: int) -> Shard:
+    """The first dim, unless it is so short (a stack of a few matrices) that its parts would be
+    unequal, and another divides.
+    """
+    shape = (p._local_tensor if isinstance(p, DTensor) else p).shape
+    if -(-shape[0] // ranks) * ranks <= _MOST_PADDING * shape[0]:
+        return Shard(0)
+    return Shard(next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0))
+
+
+def _holders_of_experts(unit: nn.Module) -> list[nn.Module]:
+    """The modules of a unit with such weights, those of units inside it left out."""
+    return [
+        module
+        for module in unit.modules()
+        if not isinstance(module, FSDPModule)
+        and any(is_expert(p) for p in module.parameters(recurse=False))
+    ]
