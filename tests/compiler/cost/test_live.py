@@ -1,0 +1,61 @@
+"""The ledger's peak against the bytes alive at once while the emitted program really runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.compiler.verify.models import planned
+from tests.live_bytes import measure
+
+MODELS = {
+    "gpt": """
+model m {
+    vocab = 512; context = 256; width = 128
+    block layer(x) {
+        x = x + dropout(attention(layernorm(x), heads=4, causal, bias), 0.1)
+        x = x + dropout(mlp(layernorm(x), ffn=4 * width, activation=gelu, bias), 0.1)
+    }
+    tokens -> embed(positions=learned) -> dropout(0.1) -> layer * 8 -> layernorm -> unembed(tied)
+}
+""",
+    "llama": """
+import llama
+model m = llama(layers=8, width=128, heads=4, kv_heads=2, ffn=384, vocab=512, context=256)
+""",
+}
+CASES = {
+    "microbatch = 4": 1,
+    "data = 2; zero = 0; microbatch = 4": 2,
+    "tensor = 2; sequence = on; microbatch = 8": 2,
+    "pipeline = 2; microbatch = 2; schedule = 1f1b": 2,
+}
+
+
+def spec_text(model: str, devices: int, pins: str) -> str:
+    return f"""{model}
+cluster c {{ node = {devices} * cpu }}
+train t {{
+    model = m; cluster = c; dataset = synthetic(); steps = 10
+    batch = 8 sequences; precision = fp32
+}}
+plan {{ {pins} }}
+"""
+
+
+def check_peak(model: str, pins: str, within: float = 0.02) -> None:
+    session, plan = planned(spec_text(MODELS[model], CASES[pins], pins))
+    parts = plan.predicted["predicted"]["memory_bytes"]
+    predicted = sum(size for part, size in parts.items() if part != "fixed")
+    peak = max(rank.peak for rank in measure(session, plan))
+    assert peak == pytest.approx(predicted, rel=within)
+
+
+def test_the_peak_of_one_process():
+    check_peak("llama", "microbatch = 4")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("pins", CASES)
+def test_the_peak(model: str, pins: str):
+    check_peak(model, pins)
