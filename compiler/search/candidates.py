@@ -11,16 +11,30 @@ from llmspec.compiler.schedules import Schedule
 from llmspec.compiler.search.meshes import Grid
 from llmspec.compiler.search.options import TensorOption
 from llmspec.compiler.search.stages import Cut
+from llmspec.compiler.views import View
 
 Recompute = tuple[tuple[str, str], ...]
 """(unit, "none" | "full") of every unit, in the chain's order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sketch:
+    """A mesh and a micro-batch before operators are placed. Bounds as in Outline; 0: not known."""
+
+    grid: Grid
+    view: View
+    microbatch: int
+    microbatches: int
+    least_s: float = 0.0
+    least_bytes: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Outline:
     """A candidate before its stages are cut.
 
-    least_s: no plan of this outline has a shorter step; least_bytes: nor a lower peak.
+    least_s: no plan of this outline has a shorter step; least_bytes: nor a lower peak;
+        least_whole_bytes: nor a lower one without ZeRO.
     """
 
     option: TensorOption
@@ -30,6 +44,7 @@ class Outline:
     recompute: Recompute
     least_s: float
     least_bytes: float
+    least_whole_bytes: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,9 @@ WORDS = {
     "offload": "offload",
 }
 
+SEEN = ("context", "context_style", "expert")
+"""Families that are spoken of when the search has met them, and that it does not look for."""
+
 Family = tuple[str, str]
 """("tensor", "8"), ("zero", "3") …"""
 
@@ -56,10 +59,12 @@ def shape_families(shape: Shape | Outline) -> tuple[Family, ...]:
 
 
 def possible_families(outline: Outline, space: Space) -> set[Family]:
-    """Every family that some candidate of the outline belongs to."""
-    names = set(shape_families(outline))
+    """Every family that some candidate of the outline that may fit belongs to."""
+    names = {f for f in shape_families(outline) if f[0] not in SEEN}
     data = outline.grid.data
     for zero, shards in shardings(outline.grid, space.pins):
+        if zero == 0 and outline.least_whole_bytes > space.budget_bytes:
+            continue
         names.add(("zero", str(zero)))
         if zero:
             names.add(("sharding", "hybrid" if shards < data else "full"))
@@ -82,6 +87,14 @@ class Tally:
             known = best.get(family)
             if known is None or _better(found, known):
                 best[family] = found
+
+    def lowest(self, families: Iterable[Family], least_bytes: float) -> bool:
+        """Whether no plan with a peak of at least `least_bytes` can be any family's smallest, where
+        nothing of the family fits."""
+        return all(
+            f in self.fastest or (f in self.smallest and self.smallest[f].peak_bytes < least_bytes)
+            for f in families
+        )
 
     def settled(self, families: set[Family], least_s: float) -> bool:
         """Whether no plan with a step of at least `least_s` can be any family's fastest."""

@@ -12,7 +12,7 @@ from llmspec.compiler.cost.network import Group, group, inner_groups
 from llmspec.compiler.cost.types import Types
 from llmspec.compiler.cost.unit import Layout
 from llmspec.compiler.graph import ModelGraph
-from llmspec.compiler.ops.registry import numel
+from llmspec.compiler.ops.registry import choices, entry_of, numel
 from llmspec.compiler.passes.shard import whole_placement
 from llmspec.compiler.placement import SHADOW, WHOLE, Split, State, local_shape, parse_state
 from llmspec.compiler.plan import UnitPlacement
@@ -94,6 +94,21 @@ def tensor_options(
             )
             found.append(option)
     return found
+
+
+def seen_as(
+    option: TensorOption, graph: ModelGraph, view: View, machine: Machine
+) -> TensorOption | None:
+    """The placements that were found for the whole model, for a view of it; None when the view has
+    operators or sizes that they do not fit."""
+    for name, unit in graph.units.items():
+        chosen = option.placements[name].nodes
+        for node in unit.calls():
+            legal = [c.name for c in choices(entry_of(node).rule(node), option.ranks)]
+            if chosen.get(node.name) not in legal:
+                return None
+    inner = inner_groups(option.ranks, view.context, view.expert, machine)
+    return replace(option, view=view, inner=inner)
 
 
 def _placed(

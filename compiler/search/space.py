@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
+from math import gcd
 
 from llmspec.compiler.cost.data import DataCost, DataGroups, data_cost
 from llmspec.compiler.cost.hardware import Machine, machine_of
@@ -35,13 +36,16 @@ from llmspec.compiler.passes.experts import expert_divisor
 from llmspec.compiler.placement import Collective
 from llmspec.compiler.plan import MeshSizes
 from llmspec.compiler.schedules import Schedule, actions
-from llmspec.compiler.search.candidates import Candidate, Outline, Recompute, Shape
+from llmspec.compiler.search.candidates import Candidate, Outline, Recompute, Shape, Sketch
 from llmspec.compiler.search.meshes import Grid, divisors, grids, shardings
-from llmspec.compiler.search.options import TensorOption, tensor_options
+from llmspec.compiler.search.options import TensorOption, seen_as, tensor_options
 from llmspec.compiler.search.pins import Pins
 from llmspec.compiler.search.stages import Cut, balanced, block_starts, cut_at
 from llmspec.compiler.views import WHOLE_VIEW, View, seen
 from llmspec.dsl.program import Program
+
+FEWEST_TOKENS = 1024
+"""That a context rank holds unless the spec speaks of context ranks itself."""
 
 Operators = tuple[str, ...]
 """The names of all operators of a graph."""
@@ -92,7 +96,12 @@ class Space:
 
     def grids(self) -> list[Grid]:
         cluster, graph = self.program.cluster, self.graph(1)
-        sharing = (n for n in divisors(cluster.world_size) if n > 1 and possible_styles(graph, n))
+        fewest = 1 if self.pins.about("context") else FEWEST_TOKENS
+        sharing = (
+            n
+            for n in divisors(cluster.world_size)
+            if n > 1 and graph.tokens >= n * fewest and possible_styles(graph, n)
+        )
         return list(
             grids(
                 cluster.world_size,
@@ -122,7 +131,12 @@ class Space:
         if key not in self.options:
             sequences = [s for s in (False, True) if self.pins.allows("sequence", s)]
             graph = self.graph(size, view)
-            found = tensor_options(graph, ranks, sequences, self.machine, self.types, view)
+            found = []
+            if view != WHOLE_VIEW:
+                known = self.tensor_options(ranks, size, WHOLE_VIEW)
+                found = [o for o in (seen_as(k, graph, view, self.machine) for k in known) if o]
+            if not found:
+                found = tensor_options(graph, ranks, sequences, self.machine, self.types, view)
             if ranks == 1 and not self.pins.allows("sequence", False):
                 found = []
             self.options[key] = found
@@ -153,8 +167,11 @@ class Space:
         if batch % grid.data:
             return
         rank = batch // grid.data
+        free = not any(self.pins.about(key) for key in ("context", "data", "microbatch"))
         for size in self.pins.allowed("microbatch", divisors(rank)):
-            yield size, rank // size
+            # ranks that share a sequence while each could have its own send for nothing
+            if not (free and gcd(size, grid.context) > 1):
+                yield size, rank // size
 
     def schedules(self, pipeline: int) -> list[Schedule]:
         if pipeline == 1:
@@ -340,35 +357,54 @@ class Space:
 
     # -- candidates
 
-    def outlines(self) -> list[Outline]:
-        """Every one, the most promising first."""
-        found = [
-            self._outline(grid, microbatch, microbatches, option, recompute)
+    def sketches(self) -> list[Sketch]:
+        """Every mesh and micro-batch. What a view costs is bounded by the whole model: the same
+        work in smaller pieces, and what is sent besides."""
+        return [
+            self._sketch(Sketch(grid=grid, view=view, microbatch=size, microbatches=count))
             for grid in self.grids()
-            for microbatch, microbatches in self.microbatches(grid)
+            for size, count in self.microbatches(grid)
             for view in self.views(grid)
-            for option in self.tensor_options(grid.tensor, microbatch, view)
+        ]
+
+    def _sketch(self, sketch: Sketch) -> Sketch:
+        if sketch.view == WHOLE_VIEW:
+            return sketch
+        grid, size = sketch.grid, sketch.microbatch
+        whole = [
+            self._outline(replace(sketch, view=WHOLE_VIEW), option, recompute)
+            for option in self.tensor_options(grid.tensor, size, WHOLE_VIEW)
             for recompute in self.recomputes()
         ]
+        return replace(
+            sketch,
+            least_s=min((o.least_s for o in whole), default=0.0) / grid.context,
+            least_bytes=min((o.least_bytes for o in whole), default=0.0) / grid.context,
+        )
+
+    def opened(self, sketch: Sketch) -> list[Outline]:
+        return [
+            self._outline(sketch, option, recompute)
+            for option in self.tensor_options(sketch.grid.tensor, sketch.microbatch, sketch.view)
+            for recompute in self.recomputes()
+        ]
+
+    def outlines(self) -> list[Outline]:
+        """Every one, the most promising first."""
+        found = [outline for sketch in self.sketches() for outline in self.opened(sketch)]
         return sorted(found, key=lambda o: o.least_s)
 
-    def _outline(
-        self,
-        grid: Grid,
-        microbatch: int,
-        microbatches: int,
-        option: TensorOption,
-        recompute: Recompute,
-    ) -> Outline:
+    def _outline(self, sketch: Sketch, option: TensorOption, recompute: Recompute) -> Outline:
         """The bounds are those of equal stages: the worst one is no better than their mean."""
+        grid, microbatch, microbatches = sketch.grid, sketch.microbatch, sketch.microbatches
         key = (id(option), microbatch, recompute)
         if key not in self.stages:
             costs, stop = self.costs(option, microbatch), len(self.graph(1).instances)
             self.stages[key] = self._stage_of(costs, dict(recompute), 0, stop, pipeline=1)
         whole = self.stages[key]
         sharing = grid.data * grid.context
-        kept_once = (self.types.weights + self.types.moments) * whole.elements / sharing
-        stored = kept_once + whole.kept_bytes(0)
+        kept_once = (self.types.weights + self.types.moments) * whole.elements
+        kept, fixed = whole.kept_bytes(0), self.machine.fixed_bytes
         return Outline(
             option=option,
             grid=grid,
@@ -376,7 +412,8 @@ class Space:
             microbatches=microbatches,
             recompute=recompute,
             least_s=microbatches * whole.busy_s / grid.pipeline,
-            least_bytes=self.machine.fixed_bytes + stored / grid.pipeline,
+            least_bytes=fixed + (kept_once / sharing + kept) / grid.pipeline,
+            least_whole_bytes=fixed + (kept_once + kept) / grid.pipeline,
         )
 
     def shapes(self, outline: Outline) -> list[Shape]:

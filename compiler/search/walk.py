@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 from dataclasses import dataclass, field
 
-from llmspec.compiler.search.candidates import Candidate, Outline
+from llmspec.compiler.search.candidates import Candidate, Outline, Sketch
 from llmspec.compiler.search.explain import Tally, possible_families
 from llmspec.compiler.search.space import Space
 
@@ -58,13 +59,36 @@ class Walk:
     fit: int = 0
 
     def run(self) -> None:
-        for outline in self.space.outlines():
-            if outline.least_bytes > self.space.budget_bytes:
-                for candidate in self.space.smallest_of(outline):
-                    self._add(candidate)
-            elif not self._hopeless(outline):
-                for candidate in self.space.candidates(outline):
-                    self._add(candidate)
+        waiting: list[tuple[float, int, Sketch | Outline]] = []
+        too_large: list[Sketch] = []
+        number = itertools.count()
+        for sketch in self.space.sketches():
+            heapq.heappush(waiting, (sketch.least_s, next(number), sketch))
+        while waiting:
+            least_s, _, item = heapq.heappop(waiting)
+            if isinstance(item, Outline):
+                self._price(item)
+            elif item.least_bytes > self.space.budget_bytes:
+                too_large.append(item)
+            elif not self.shortlist.closed_to(least_s):
+                for outline in self.space.opened(item):
+                    heapq.heappush(waiting, (outline.least_s, next(number), outline))
+        if not self.fit:
+            for sketch in too_large:
+                for outline in self.space.opened(sketch):
+                    self._price(outline)
+
+    def _price(self, outline: Outline) -> None:
+        if outline.least_bytes > self.space.budget_bytes:
+            if self.smallest is not None and self.tally.lowest(
+                possible_families(outline, self.space), outline.least_bytes
+            ):
+                return
+            for candidate in self.space.smallest_of(outline):
+                self._add(candidate)
+        elif not self._hopeless(outline):
+            for candidate in self.space.candidates(outline):
+                self._add(candidate)
 
     def _hopeless(self, outline: Outline) -> bool:
         if not self.shortlist.closed_to(outline.least_s):
