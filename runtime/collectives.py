@@ -136,16 +136,26 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
+def all_gather_(ranks_first: Tensor, x: Tensor, axis: Axis) -> None:
+    """Fill [n, *x.shape], contiguous, with every rank's x. Not differentiable."""
+    _all_gather(ranks_first.flatten(0, 1), x.contiguous(), group=axis.group)
+
+
+def reduce_scatter_(out: Tensor, ranks_first: Tensor, axis: Axis) -> None:
+    """Fill `out` with the sum of what the ranks hold for this one. Not differentiable."""
+    _reduce_scatter(out, ranks_first.flatten(0, 1), group=axis.group)
+
+
 def _gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
     ranks_first = x.new_empty((axis.size, *x.shape))
-    _all_gather(ranks_first.flatten(0, 1), x.contiguous(), group=axis.group)
+    all_gather_(ranks_first, x, axis)
     return _concatenate(ranks_first, dim)
 
 
 def _scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
     ranks_first = _ranks_first(x, dim, axis)
     out = x.new_empty(ranks_first.shape[1:])
-    _reduce_scatter(out, ranks_first.flatten(0, 1), group=axis.group)
+    reduce_scatter_(out, ranks_first, axis)
     return out
 
 
