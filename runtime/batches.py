@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .context import own_tokens
 from .errors import UserError
 from .mesh import Mesh
 from .random import bits
@@ -82,8 +83,9 @@ class Batch:
         return self.rows * self.dataset.sequence_length
 
     def microbatches(self, count: int) -> Iterator[MicroBatch]:
-        """Row j of micro-batch i on data rank r is row (i * data + r) * B + j of the batch."""
-        data = self.mesh.data
+        """Row j of micro-batch i on data rank r is row (i * data + r) * B + j of the batch; a
+        context rank gets its own tokens of it."""
+        data, context = self.mesh.data, self.mesh.context
         local_rows, rest = divmod(self.rows, count * data.size)
         assert rest == 0, (
             f"{self.rows} sequences do not divide into {count} micro-batches on {data.size} ranks"
@@ -93,8 +95,8 @@ class Batch:
             counters = torch.arange(start, start + local_rows)
             ids = self.dataset.read(counters).to(self.mesh.device, non_blocking=True)
             yield MicroBatch(
-                tokens_BT=ids[:, :-1].contiguous(),
-                targets_BT=ids[:, 1:].contiguous(),
+                tokens_BT=own_tokens(ids[:, :-1], 1, context).contiguous(),
+                targets_BT=own_tokens(ids[:, 1:], 1, context).contiguous(),
                 samples_B=counters.to(self.mesh.device),
                 first=i == 0,
                 last=i == count - 1,

@@ -82,8 +82,8 @@ def ulysses_attention(
     repeat = math.lcm(k_BtKE.shape[2], axis.size) // k_BtKE.shape[2]
     if repeat > 1:
         k_BtKE, v_BtKE = (x.repeat_interleave(repeat, 2) for x in (k_BtKE, v_BtKE))
-    heads = [tokens_to_heads(x, axis) for x in (q_BtHE, k_BtKE, v_BtKE)]
-    return heads_to_tokens(_on_one(*heads, causal, window, explicit), axis)
+    q_BThE, k_BTkE, v_BTkE = (tokens_to_heads(x, axis) for x in (q_BtHE, k_BtKE, v_BtKE))
+    return heads_to_tokens(_on_one(q_BThE, k_BTkE, v_BTkE, causal, window, explicit), axis)
 
 
 def _on_one(
@@ -193,9 +193,7 @@ def _merge(out_BHTE: Tensor, log_BHT: Tensor, part_BHTE: Tensor, part_log_BHT: T
     # what no key has reached yet stays 0 and -inf
     known_BHT = total_BHT.masked_fill(total_BHT.isinf(), 0.0)
     out_BHTE.mul_((log_BHT - known_BHT).exp_()[..., None])
-    out_BHTE.addcmul_(
-        part_BHTE.to(out_BHTE.dtype), (part_log_BHT - known_BHT).exp_()[..., None]
-    )
+    out_BHTE.addcmul_(part_BHTE.to(out_BHTE.dtype), (part_log_BHT - known_BHT).exp_()[..., None])
     log_BHT.copy_(total_BHT)
 
 

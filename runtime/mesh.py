@@ -76,6 +76,7 @@ class Mesh:
         flat: dict[tuple[str, ...], DeviceMesh] = {}
         experts = _expert_devices(device, sizes, expert) if expert > 1 else None
         reduction = _axis(whole, flat, "reduction", "replicas", "shards", "context")
+        _axis(whole, flat, "parts", "shards", "context")  # for shard_devices
         return Mesh(
             device=device,
             whole=whole,
@@ -102,12 +103,14 @@ class Mesh:
 
     def shard_devices(self) -> DeviceMesh:
         """The mesh FSDP2 shards over: (shards x context), or (replicas, shards x context)."""
-        if self.context.size == 1:
+        parts = self.flat.get(("shards", "context"))  # as one dim
+        if parts is None:
+            inner = "context" if self.context.size > 1 else "shards"
             hybrid = self.replicas.size > 1
-            return self.devices("replicas", "shards") if hybrid else self.devices("shards")
-        if self.replicas.size > 1:
-            raise UserError("hybrid sharding together with a context axis is not supported")
-        return self.flat["shards", "context"] if self.shards.size > 1 else self.whole["context"]
+            return self.devices("replicas", inner) if hybrid else self.devices(inner)
+        if self.replicas.size == 1:
+            return parts
+        return DeviceMesh._concatenate([self.devices("replicas"), parts])
 
     def close(self) -> None:
         dist.destroy_process_group()

@@ -61,13 +61,14 @@ def dropout(
     *,
     operator: int,
     seed: int,
-    start: tuple[int, ...],
+    start: tuple[int | Tensor, ...],
     shape: tuple[int, ...],
     training: bool,
 ) -> Tensor:
     """Zero with probability p, scale the rest by 1 / (1 - p).
 
-    x: [B, *local]; its part of the whole per-sample tensor of this shape begins at `start`.
+    x: [B, *local]; its part of the whole per-sample tensor of this shape begins at `start`; in a
+        dim whose part is no single run, `start` lists its places (int64).
     samples_B: int64 counters of the samples over the whole run; with the operator's number and
         the position they decide the mask, so no split of the model or the batch changes it.
     """
@@ -78,12 +79,18 @@ def dropout(
 
 
 def whole_index(
-    local_shape: tuple[int, ...], start: tuple[int, ...], shape: tuple[int, ...], device: Any
+    local_shape: tuple[int, ...],
+    start: tuple[int | Tensor, ...],
+    shape: tuple[int, ...],
+    device: Any,
 ) -> Tensor:
     """Flat positions in a tensor of this shape of the block of local_shape that begins at start."""
     index = torch.zeros((), dtype=torch.int64, device=device)
     for size, first, whole in zip(local_shape, start, shape, strict=True):
-        along = torch.arange(first, first + size, dtype=torch.int64, device=device)
+        if isinstance(first, Tensor):
+            along = first.to(device)
+        else:
+            along = torch.arange(first, first + size, dtype=torch.int64, device=device)
         index = index.unsqueeze(-1) * whole + along
     return index
 
@@ -93,7 +100,7 @@ def _keep_mask(
     p: float,
     samples_B: Tensor,
     stream: int,
-    start: tuple[int, ...],
+    start: tuple[int | Tensor, ...],
     shape: tuple[int, ...],
 ) -> Tensor:
     index = whole_index(tuple(local_shape[1:]), start, shape, samples_B.device)

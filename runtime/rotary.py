@@ -9,26 +9,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .context import token_positions
+from .mesh import Axis
 
-def rotary(x_BTHE: Tensor, base: float, start: int = 0) -> Tensor:
-    """Turn the pair (x[i], x[i + E/2]) of token t by the angle (start + t) / base^(2i/E)."""
+
+def rotary(x_BTHE: Tensor, base: float, start: int = 0, context: Axis | None = None) -> Tensor:
+    """Turn the pair (x[i], x[i + E/2]) of token t by the angle (start + t) / base^(2i/E).
+
+    context: the ranks that share the sequence; T are this rank's tokens, wherever they stand.
+    """
     length, width = x_BTHE.shape[1], x_BTHE.shape[3]
     assert width % 2 == 0, f"rotary positions turn pairs, and a head of {width} has an odd one"
     # Tables made under a fake-tensor mode are fake: they must not outlive it.
     tables = _tables if type(x_BTHE) is Tensor else _tables.__wrapped__
     wide = torch.promote_types(x_BTHE.dtype, torch.float32)
-    cos_T1E, sin_T1h = tables(x_BTHE.device, wide, start, length, width, float(base))
+    cos_T1E, sin_T1h = tables(x_BTHE.device, wide, start, length, width, float(base), context)
     return _Rotate.apply(x_BTHE, cos_T1E, sin_T1h)
 
 
 @lru_cache(maxsize=16)
 def _tables(
-    device: torch.device, dtype: torch.dtype, start: int, length: int, width: int, base: float
+    device: torch.device,
+    dtype: torch.dtype,
+    start: int,
+    length: int,
+    width: int,
+    base: float,
+    context: Axis | None,
 ) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False), torch.no_grad():
         exponent_h = torch.arange(0, width, 2, device=device).to(dtype) / width
-        position_T = torch.arange(start, start + length, device=device).to(dtype)
-        angle_T1h = (position_T[:, None] * (1.0 / base**exponent_h))[:, None, :]
+        if context is None:
+            position_T = torch.arange(length, device=device)
+        else:
+            position_T = token_positions(context, length, device)
+        angle_T1h = ((position_T + start).to(dtype)[:, None] * (1.0 / base**exponent_h))[:, None, :]
         cos_T1h = angle_T1h.cos()
         return torch.cat((cos_T1h, cos_T1h), dim=-1), angle_T1h.sin()
 

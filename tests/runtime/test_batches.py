@@ -62,6 +62,30 @@ def test_the_same_samples_on_every_mesh(words: Dataset):
     assert gather(words, 12, 8, 4, pipeline=2, tensor=2) == one
 
 
+def _parts(rank: int, dataset: Dataset) -> list:
+    mesh = Mesh.create("cpu", replicas=2, context=2)
+    micros = dataset.batch(1, 8, mesh).microbatches(2)
+    values = [(m.tokens_BT.tolist(), m.targets_BT.tolist(), m.samples_B.tolist()) for m in micros]
+    return [mesh.data.rank, mesh.context.rank, values]
+
+
+def _alone(rank: int, dataset: Dataset) -> tuple:
+    micro = next(iter(dataset.batch(1, 8, Mesh.create("cpu")).microbatches(1)))
+    return micro.tokens_BT.tolist(), micro.targets_BT.tolist(), micro.samples_B.tolist()
+
+
+def test_context_ranks_share_sequences(words: Dataset):
+    """Chunks 0 and 3 of four on the first rank, 1 and 2 on the second."""
+    tokens, targets, samples = run(1, _alone, words)[0]
+    for data, context, values in run(4, _parts, words):
+        places = [[0, 3], [1, 2]][context]
+        for i, (ours, next_ones, numbers) in enumerate(values):
+            rows = range((i * 2 + data) * 2, (i * 2 + data) * 2 + 2)
+            assert ours == [[tokens[row][t] for t in places] for row in rows]
+            assert next_ones == [[targets[row][t] for t in places] for row in rows]
+            assert numbers == [samples[row] for row in rows]
+
+
 def test_each_epoch_sees_each_sample_once(words: Dataset):
     assert words.samples == 41
     rows = words.read(torch.arange(123))

@@ -68,7 +68,7 @@ def _refusing(rank: int) -> str:
     axis = Mesh.create("cpu", context=2).context
     with pytest.raises(AssertionError, match="3 heads do not divide over 2 context ranks"):
         c.tokens_to_heads(torch.zeros(1, 4, 3, 2), axis)
-    with pytest.raises(AssertionError, match="dim 1 .* is no whole number of 4 chunks"):
+    with pytest.raises(AssertionError, match=r"dim 1 .* is no whole number of 4 chunks"):
         c.own_tokens(torch.zeros(1, 6), 1, axis)
     return "refused"
 

@@ -104,3 +104,14 @@ def test_no_dropout():
     assert _dropout(x, torch.arange(2), training=False) is x
     assert _dropout(x, torch.arange(2), p=0.0) is x
     assert _dropout(x, torch.arange(2), p=1.0).eq(0).all()
+
+
+def test_a_mask_of_scattered_places():
+    """A part of several runs lists its places."""
+    samples = torch.tensor([3, 9])
+    how = {"operator": 4, "seed": 5, "shape": (12, 6), "training": True}
+    x = torch.ones(2, 12, 6)
+    whole = random.dropout(x, 0.5, samples, start=(0, 0), **how)
+    places = torch.tensor([2, 3, 8, 9])
+    part = random.dropout(x[:, :4, :3], 0.5, samples, start=(places, 2), **how)
+    assert torch.equal(part, whole[:, places, 2:5])

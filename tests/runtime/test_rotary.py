@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from llmspec.runtime.mesh import Axis
 from llmspec.runtime.rotary import rotary
 
 
@@ -64,3 +65,13 @@ def test_tables_made_in_inference_mode_serve_training():
 def test_odd_heads_are_refused():
     with pytest.raises(AssertionError, match="a head of 3"):
         rotary(torch.randn(1, 2, 1, 3), 10.0)
+
+
+def test_context_ranks_turn_by_their_own_places() -> None:
+    """Rank 1 of 2 holds the second and the third of four chunks."""
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 8, 3, 6, generator=draw, dtype=torch.float64)
+    axis = Axis(name="context", rank=1, size=2, group=None)
+    part = rotary(x[:, 2:6], 100.0, context=axis)
+    assert torch.equal(part, rotary(x, 100.0)[:, 2:6])
+    assert not torch.equal(part, rotary(x[:, 2:6], 100.0))

@@ -132,6 +132,34 @@ def _context(rank: int, sizes: dict[str, int]) -> None:
             torch.testing.assert_close(found[name], p.grad, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("sizes", [{"context": 4}, {"shards": 2, "context": 2}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"context": 4},
+        {"shards": 2, "context": 2},
+        {"replicas": 2, "context": 2},
+    ],
+)
 def test_context_ranks_share_gradient_sums(sizes):
     run(4, _context, sizes)
+
+
+def _hybrid(rank: int) -> None:
+    """Eight ranks: two replicas of parts over shards and context together."""
+    mesh = Mesh.create("cpu", replicas=2, shards=2, context=2)
+    model, gradients = _build(mesh, 2)
+    assert {p.to_local().numel() for p in model.parameters()} != {0}
+    for first in (True, False):
+        gradients.before_microbatch(Turn(first=first, last=not first))
+        model(torch.full((2, 8), 0.1 * rank)).backward()
+    gradients.finish()
+    whole = _Model(mesh)
+    initialise(whole, mesh, seed=1)
+    sum(2 * whole(torch.full((2, 8), 0.1 * r)) for r in range(8)).backward()
+    for (_, p), (_, q) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
+        assert p.device_mesh.shape == (2, 4)
+        torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_hybrid_sharding_with_context_ranks():
+    run(8, _hybrid)
