@@ -56,6 +56,7 @@ class Parameter:
     tied: the full name of the parameter that this one is, when another unit owns it.
     source_shape: the shape in the model it came from, when that differs (a fused weight as [3·O,
         I]).
+    expert_ranks: over how many ranks its first dimension, experts, is split.
     """
 
     path: str
@@ -65,6 +66,12 @@ class Parameter:
     decay: bool = True
     tied: str | None = None
     source_shape: tuple[int, ...] | None = None
+    expert_ranks: int = 1
+
+    @property
+    def held_shape(self) -> tuple[int, ...]:
+        """Of what one expert rank has."""
+        return (self.shape[0] // self.expert_ranks, *self.shape[1:]) if self.shape else ()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -159,7 +166,7 @@ def propagate_shapes(unit: Unit, inputs: dict[str, tuple[int, ...]]) -> None:
                 name = str(node.target)
                 value = torch.empty(inputs[name], dtype=meta_dtype(name), device="meta")
             case "get_attr":
-                value = torch.empty(node.meta["parameter"].shape, device="meta")
+                value = torch.empty(node.meta["parameter"].held_shape, device="meta")
             case "call_function":
                 args = fx.map_arg(node.args, values.__getitem__)
                 value = node.target(*args, **node.kwargs)  # type: ignore[operator]

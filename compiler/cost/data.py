@@ -3,6 +3,7 @@ hides."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from llmspec.compiler.cost.hardware import Machine
@@ -17,11 +18,17 @@ BUCKET_BYTES = 25 * 2**20
 GATHER, SCATTER, REDUCE = Collective.ALL_GATHER, Collective.REDUCE_SCATTER, Collective.ALL_REDUCE
 
 
+ALONE = Group(ranks=1, inside=1, bandwidth=math.inf, latency_s=0.0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataGroups:
+    """experts: the ranks with the same experts, for weights that expert ranks have split."""
+
     shards: Group
     replicas: Group
     data: Group
+    experts: Group = ALONE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +51,11 @@ NOTHING = DataCost()
 
 @dataclass(frozen=True, slots=True)
 class _Unit:
-    """One of ZeRO's units: elements, seconds of its forward and backward, how often."""
+    """One block of ZeRO's units: elements, of them those of split experts, which are a unit inside
+    it, seconds of its forward and backward, how often."""
 
     elements: int
+    experts: int
     forward_s: float
     backward_s: float
     count: int
@@ -57,7 +66,7 @@ def _units(stage: Stage) -> list[_Unit]:
     if stage.root_elements:
         rest = [_unit(run) for run in stage.runs if not run.repeated]
         forward, backward = sum(u.forward_s for u in rest), sum(u.backward_s for u in rest)
-        units.append(_Unit(stage.root_elements, forward, backward, 1))
+        units.append(_Unit(stage.root_elements, stage.root_expert_elements, forward, backward, 1))
     return units
 
 
@@ -65,7 +74,13 @@ def _unit(run: Run) -> _Unit:
     cost = run.cost
     forward = cost.whole_forward_s
     backward = cost.whole_backward_s + (forward if run.recompute else 0.0)
-    return _Unit(cost.elements, forward, backward, run.count)
+    return _Unit(cost.elements, cost.expert_elements, forward, backward, run.count)
+
+
+def _sent_s(kind: Collective, width: int, unit: _Unit, groups: DataGroups) -> float:
+    """Both parts of a unit, one after the other: they use the same links."""
+    shared = collective_s(kind, width * (unit.elements - unit.experts), groups.shards)
+    return shared + collective_s(kind, width * unit.experts, groups.experts)
 
 
 def data_cost(
@@ -79,14 +94,19 @@ def data_cost(
 
 
 def _replicated(stage: Stage, groups: DataGroups, types: Types, machine: Machine) -> DataCost:
-    size = types.gradients * stage.elements
+    of_experts = types.gradients * stage.expert_elements
+    size = types.gradients * stage.elements - of_experts
     tail = min(size, BUCKET_BYTES)
     buckets = -(-size // BUCKET_BYTES)
     latency = 2 * (buckets - 1) * groups.data.latency_s
     body = collective_s(REDUCE, size - tail, groups.data) + latency
+    body += collective_s(REDUCE, of_experts, groups.experts)
     hidden = exposed_s(body, stage.backward_s, machine.overlap)
     last = hidden + collective_s(REDUCE, tail, groups.data)
-    return DataCost(last_s=last, sends=((str(REDUCE), "data", size, 1),))
+    sends = [(str(REDUCE), "data", size, 1)]
+    if of_experts and groups.experts.ranks > 1:
+        sends.append((str(REDUCE), "expert_data", of_experts, 1))
+    return DataCost(last_s=last, sends=tuple(sends))
 
 
 def _sharded(
@@ -98,19 +118,20 @@ def _sharded(
     machine: Machine,
 ) -> DataCost:
     share = machine.overlap
-    gather = [collective_s(GATHER, types.compute * u.elements, groups.shards) for u in units]
-    scatter = [collective_s(SCATTER, types.gradients * u.elements, groups.shards) for u in units]
+    gather = [_sent_s(GATHER, types.compute, u, groups) for u in units]
+    scatter = [_sent_s(SCATTER, types.gradients, u, groups) for u in units]
     pairs = list(zip(units, gather, scatter, strict=True))
     opening = max(gather)  # nothing runs before the first parameters are there
     closing = max(scatter)
     gathering = opening + sum(u.count * exposed_s(g, u.forward_s, share) for u, g, _ in pairs)
     scattering = closing + sum(u.count * exposed_s(s, u.backward_s, share) for u, _, s in pairs)
     both = closing + sum(u.count * exposed_s(g + s, u.backward_s, share) for u, g, s in pairs)
-    size = sum(u.count * u.elements for u in units)
+    of_experts = sum(u.count * u.experts for u in units)
+    size = sum(u.count * u.elements for u in units) - of_experts
     spare = sum(u.count * max(0.0, u.backward_s - s) for u, _, s in pairs)
     part = types.gradients * -(-size // groups.shards.ranks)
     across = exposed_s(collective_s(REDUCE, part, groups.replicas), spare, share)
-    sends = _sends(size, part, zero, microbatches, groups, types)
+    sends = _sends(size, of_experts, part, zero, microbatches, groups, types)
     match zero:
         case 1:
             return DataCost(first_s=gathering, last_s=scattering + across, sends=sends)
@@ -121,14 +142,24 @@ def _sharded(
 
 
 def _sends(
-    size: int, part: int, zero: int, microbatches: int, groups: DataGroups, types: Types
+    size: int,
+    of_experts: int,
+    part: int,
+    zero: int,
+    microbatches: int,
+    groups: DataGroups,
+    types: Types,
 ) -> tuple[tuple[str, str, int, int], ...]:
     gathers = 2 * microbatches if zero == 3 else 1
     scatters = 1 if zero == 1 else microbatches
-    found = [
-        (str(GATHER), "shards", types.compute * size, gathers),
-        (str(SCATTER), "shards", types.gradients * size, scatters),
-    ]
+    found: list[tuple[str, str, int, int]] = []
+    for axis, where, elements in (
+        ("shards", groups.shards, size),
+        ("expert_data", groups.experts, of_experts),
+    ):
+        if where.ranks > 1 and elements:
+            found.append((str(GATHER), axis, types.compute * elements, gathers))
+            found.append((str(SCATTER), axis, types.gradients * elements, scatters))
     if groups.replicas.ranks > 1:
         found.append((str(REDUCE), "replicas", part, 1))
-    return tuple(found) if groups.shards.ranks > 1 else tuple(found[2:])
+    return tuple(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from llmspec.compiler.cost.hardware import Machine
-from llmspec.compiler.cost.stage import Stage
+from llmspec.compiler.cost.stage import Parts, Stage
 from llmspec.compiler.cost.types import Types
 
 
@@ -33,6 +33,7 @@ class Ledger:
 class Residence:
     """What decides how long and in how many pieces things live.
 
+    shards, expert_shards: into how many parts ZeRO cuts what all data ranks have, and experts.
     in_flight: micro-batches whose activations a stage holds at once.
     sends_on: the stage's output goes to another rank, and is kept for its backward.
     """
@@ -43,17 +44,27 @@ class Residence:
     microbatches: int
     in_flight: int
     sends_on: bool
+    expert_shards: int = 1
+
+    @property
+    def parts(self) -> Parts:
+        return Parts(shared=self.shards, experts=self.expert_shards) if self.zero else Parts()
+
+    @property
+    def gathers_experts(self) -> bool:
+        """Experts that one rank alone has stay as they are whatever the level."""
+        return self.zero > 0 and self.expert_shards > 1
 
 
 def ledger(stage: Stage, home: Residence, types: Types, machine: Machine) -> Ledger:
     """The peak stands at the start of the last backward that finds all micro-batches in flight:
     gradients of earlier ones are there already. One micro-batch on one data rank is walked block by
     block instead."""
-    shards = home.shards if home.zero else 1
-    elements = -(-stage.elements // shards)
+    elements = home.parts.largest(stage.elements, stage.expert_elements)
     cast = types.compute if types.mixed and home.zero == 0 else 0
-    kept = stage.kept_bytes(cast) + (stage.output_bytes if home.sends_on else 0)
-    activations = home.in_flight * kept + stage.recomputed_bytes(cast)
+    of_experts = types.compute if types.mixed and not home.gathers_experts else 0
+    kept = stage.kept_bytes(cast, of_experts) + (stage.output_bytes if home.sends_on else 0)
+    activations = home.in_flight * kept + stage.recomputed_bytes(cast, of_experts)
     gradients = types.gradients * _gradient_elements(stage, home)
     if home.zero == 0 and home.data == 1 and home.microbatches == 1:
         activations, gradients = _walk(stage, types, cast)
@@ -72,8 +83,11 @@ def _gradient_elements(stage: Stage, home: Residence) -> int:
     them."""
     if home.zero == 0:
         return stage.elements
-    part = -(-stage.elements // home.shards)
-    return stage.elements + part if home.zero == 1 and home.microbatches > 1 else part
+    part = home.parts.largest(stage.elements, stage.expert_elements)
+    if home.zero > 1 or home.microbatches == 1:
+        return part
+    summed = stage.elements if home.gathers_experts else stage.elements - stage.expert_elements
+    return summed + part
 
 
 def _gathered_bytes(stage: Stage, home: Residence, types: Types) -> int:
@@ -81,13 +95,15 @@ def _gathered_bytes(stage: Stage, home: Residence, types: Types) -> int:
     if home.zero == 0:
         return stage.largest_elements * (types.compute if types.mixed else types.gradients)
     # one unit's gradients as computed and as reduced, while another's are on their way
-    largest, next_largest = stage.largest_units
+    experts = home.gathers_experts
+    largest, next_largest = stage.largest_units(experts)
     reducing = largest * (types.compute + types.gradients) + next_largest * types.gradients
     if home.zero == 3:
         # one unit in use, the next one on its way; the root stays from its forward to its backward
-        held = stage.root_elements + sum(stage.largest_repeated)
+        root = stage.root_elements - (0 if experts else stage.root_expert_elements)
+        held = root + sum(stage.largest_repeated(experts))
     else:
-        held = stage.elements
+        held = stage.elements - (0 if experts else stage.expert_elements)
     return held * types.compute + reducing
 
 

@@ -36,7 +36,10 @@ def group(ranks: int, stride: int, machine: Machine) -> Group:
     A ring over several nodes enters and leaves each node once; its neighbours in a node use all of
     that node's network devices between them, so that the slower of link and `inside` × network
     counts."""
-    inside = min(ranks, max(1, machine.devices_per_node // stride))
+    return _spread(ranks, min(ranks, max(1, machine.devices_per_node // stride)), machine)
+
+
+def _spread(ranks: int, inside: int, machine: Machine) -> Group:
     if inside == ranks:
         hops = ranks - 1
         latency = machine.link_latency_s * hops
@@ -64,6 +67,15 @@ def data_group(mesh: MeshSizes, machine: Machine) -> Group:
 def shards_group(mesh: MeshSizes, machine: Machine) -> Group:
     """The ranks over which ZeRO shards: shards and context together."""
     return group(mesh.shards * mesh.context, mesh.tensor, machine)
+
+
+def expert_data_group(mesh: MeshSizes, machine: Machine) -> Group:
+    """The ranks with the same experts, which add up an expert's gradient and share it under ZeRO:
+    every `expert`-th data rank, and the context ranks of each."""
+    near = min(mesh.context, max(1, machine.devices_per_node // mesh.tensor))
+    far = max(1, machine.devices_per_node // (mesh.expert * mesh.context * mesh.tensor))
+    ranks = mesh.data * mesh.context // mesh.expert
+    return _spread(ranks, min(ranks, near * far), machine)
 
 
 def inner_groups(tensor: int, context: int, expert: int, machine: Machine) -> dict[str, Group]:

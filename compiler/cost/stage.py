@@ -8,6 +8,19 @@ from functools import cached_property
 from llmspec.compiler.cost.unit import UnitCost
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Into how many parts ZeRO cuts weights: those that all data ranks have in common, and those of
+    experts, which only ranks with the same experts share."""
+
+    shared: int = 1
+    experts: int = 1
+
+    def largest(self, elements: int, of_experts: int) -> int:
+        """Of so many elements, what one rank has."""
+        return -(-(elements - of_experts) // self.shared) + -(-of_experts // self.experts)
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """`count` uses of one unit, one after the other.
@@ -91,8 +104,16 @@ class Stage:
         return int(self._sum("elements")) + self.tied_elements
 
     @cached_property
+    def expert_elements(self) -> int:
+        return int(self._sum("expert_elements"))
+
+    @cached_property
     def shadow_elements(self) -> int:
         return int(self._sum("shadow_elements"))
+
+    @cached_property
+    def expert_shadow_elements(self) -> int:
+        return int(self._sum("expert_shadow_elements"))
 
     @cached_property
     def root_elements(self) -> int:
@@ -100,16 +121,30 @@ class Stage:
         return own + self.tied_elements
 
     @cached_property
-    def largest_units(self) -> tuple[int, int]:
-        """Elements of the two largest of ZeRO's units."""
-        sizes = [r.cost.elements for r in self.runs if r.repeated for _ in range(min(r.count, 2))]
-        first, second, *_ = (*sorted([*sizes, self.root_elements], reverse=True), 0)
+    def root_expert_elements(self) -> int:
+        return sum(r.count * r.cost.expert_elements for r in self.runs if not r.repeated)
+
+    def largest_units(self, experts: bool) -> tuple[int, int]:
+        """Elements of the two largest of ZeRO's units. `experts`: those of a block are one too, not
+        left as they are."""
+        sizes = [self.root_elements - self.root_expert_elements]
+        sizes += [self.root_expert_elements] if experts else []
+        for run in self.runs:
+            if run.repeated:
+                split = run.cost.expert_elements
+                sizes += [run.cost.elements - split] * min(run.count, 2)
+                sizes += [split] * min(run.count, 2) if experts else []
+        first, second, *_ = (*sorted(sizes, reverse=True), 0)
         return first, second
 
-    @cached_property
-    def largest_repeated(self) -> tuple[int, int]:
-        """The same, the root left out."""
-        sizes = [r.cost.elements for r in self.runs if r.repeated for _ in range(min(r.count, 2))]
+    def largest_repeated(self, experts: bool) -> tuple[int, int]:
+        """Of the two largest repeated blocks, each with its experts or without."""
+        sizes = [
+            r.cost.elements - (0 if experts else r.cost.expert_elements)
+            for r in self.runs
+            if r.repeated
+            for _ in range(min(r.count, 2))
+        ]
         first, second, *_ = (*sorted(sizes, reverse=True), 0, 0)
         return first, second
 
@@ -125,19 +160,25 @@ class Stage:
     def output_bytes(self) -> int:
         return self.runs[-1].cost.output_bytes if self.runs else 0
 
-    def kept_bytes(self, cast_bytes: int) -> int:
+    def kept_bytes(self, cast_bytes: int, expert_cast_bytes: int | None = None) -> int:
         """What autograd keeps of one micro-batch; `cast_bytes`: of each weight element that it
-        keeps."""
+        keeps, `expert_cast_bytes` of those that expert ranks have split (None: the same)."""
         total = 0
         for run in self.runs:
             if run.recompute:
                 total += run.count * run.cost.input_bytes
             else:
-                kept = run.cost.saved_bytes + cast_bytes * run.cost.cast_elements
-                total += run.count * kept
+                total += run.count * _kept(run.cost, cast_bytes, expert_cast_bytes)
         return total
 
-    def recomputed_bytes(self, cast_bytes: int) -> int:
+    def recomputed_bytes(self, cast_bytes: int, expert_cast_bytes: int | None = None) -> int:
         """What the one block that is being recomputed keeps meanwhile."""
         again = (r.cost for r in self.runs if r.recompute)
-        return max((c.saved_bytes + cast_bytes * c.cast_elements for c in again), default=0)
+        return max((_kept(c, cast_bytes, expert_cast_bytes) for c in again), default=0)
+
+
+def _kept(cost: UnitCost, cast_bytes: int, expert_cast_bytes: int | None) -> int:
+    split = cast_bytes if expert_cast_bytes is None else expert_cast_bytes
+    of_experts = cost.expert_cast_elements
+    shared = cost.cast_elements - of_experts
+    return cost.saved_bytes + cast_bytes * shared + split * of_experts

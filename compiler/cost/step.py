@@ -9,7 +9,7 @@ from llmspec.compiler.cost.data import DataCost
 from llmspec.compiler.cost.hardware import Machine
 from llmspec.compiler.cost.network import Group, collective_s
 from llmspec.compiler.cost.play import play_s
-from llmspec.compiler.cost.stage import Stage
+from llmspec.compiler.cost.stage import Parts, Stage
 from llmspec.compiler.cost.types import Types
 from llmspec.compiler.placement import Collective
 
@@ -61,19 +61,20 @@ def optimizer_s(elements: int, types: Types, machine: Machine) -> float:
 def tail(
     stage: Stage,
     data: DataCost,
-    shards: int,
+    parts: Parts,
     tensor: Group,
     shared_s: float,
     types: Types,
     machine: Machine,
 ) -> Tail:
-    """`shards`: into how many parts ZeRO cuts the optimizer's state; 1 without it. `shared_s`: of
-    summing gradients of weights that two stages hold."""
-    size = types.gradients * -(-stage.shadow_elements // shards)
+    """`parts`: into which ZeRO cuts the optimizer's state. `shared_s`: of summing gradients of
+    weights that two stages hold."""
+    shadow = parts.largest(stage.shadow_elements, stage.expert_shadow_elements)
+    held = parts.largest(stage.elements, stage.expert_elements)
     return Tail(
         data_s=data.first_s + data.last_s + shared_s,
-        tensor_s=collective_s(Collective.ALL_REDUCE, size, tensor),
-        optimizer_s=optimizer_s(-(-stage.elements // shards), types, machine),
+        tensor_s=collective_s(Collective.ALL_REDUCE, types.gradients * shadow, tensor),
+        optimizer_s=optimizer_s(held, types, machine),
     )
 
 

@@ -139,9 +139,9 @@ class UnitCost:
     saved_bytes: kept by autograd from forward to backward.
     input_bytes, output_bytes: of the value that flows, as it crosses the unit's boundary.
     working_bytes: alive besides while the unit's worst operator runs backward.
-    elements: of its own parameters, here.
-    shadow_elements: those whose gradient is a sum over ranks.
-    cast_elements: of parameters that autograd keeps in the compute type when each use casts.
+    elements: of its own parameters, here. shadow_elements: those whose gradient is a sum over
+        ranks. cast_elements: of parameters that autograd keeps in the compute type when each use
+        casts. expert_*: of these, what the expert ranks have split.
     largest_elements: of its largest parameter. tied_elements: of those that another unit owns.
     """
 
@@ -163,6 +163,9 @@ class UnitCost:
     elements: int = 0
     shadow_elements: int = 0
     cast_elements: int = 0
+    expert_elements: int = 0
+    expert_shadow_elements: int = 0
+    expert_cast_elements: int = 0
     largest_elements: int = 0
     tied_elements: int = 0
     sends: tuple[tuple[str, str, int, int, int], ...] = ()
@@ -298,6 +301,8 @@ def unit_cost(
         state = layout.parameters[str(node.target)]
         elements[str(node.target)] = numel(local_shape(shape_of(node), state, where.ranks))
     own = {p: e for p, e in elements.items() if unit.parameters[p].tied is None}
+    shadow = {p: e for p, e in own.items() if layout.parameters[p] == SHADOW}
+    cast = {p: elements[p] for p in tally.cast}
     return UnitCost(
         forward_s=sum(c.forward_s for c in costs),
         backward_s=sum(c.backward_s for c in costs),
@@ -315,12 +320,19 @@ def unit_cost(
         output_bytes=tally.bytes_of(unit.result(), layout.boundary_out),
         working_bytes=max((c.working_bytes for c in costs), default=0),
         elements=sum(own.values()),
-        shadow_elements=sum(e for p, e in own.items() if layout.parameters[p] == SHADOW),
-        cast_elements=sum(elements[p] for p in tally.cast),
+        shadow_elements=sum(shadow.values()),
+        cast_elements=sum(cast.values()),
+        expert_elements=_of_experts(unit, own),
+        expert_shadow_elements=_of_experts(unit, shadow),
+        expert_cast_elements=_of_experts(unit, cast),
         largest_elements=max(elements.values(), default=0),
         tied_elements=sum(elements.values()) - sum(own.values()),
         sends=_by_size(tally.sends),
     )
+
+
+def _of_experts(unit: Unit, elements: Mapping[str, int]) -> int:
+    return sum(e for p, e in elements.items() if unit.parameters[p].expert_ranks > 1)
 
 
 def _by_size(

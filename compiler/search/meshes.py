@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd
 
+from llmspec.compiler.cost.stage import Parts
 from llmspec.compiler.search.pins import Pins
 
 
@@ -24,6 +25,13 @@ class Grid:
     data: int
     context: int = 1
     expert: int = 1
+
+    def parts(self, zero: int, shards: int) -> Parts:
+        """Into how many ZeRO cuts weights. Context ranks shard with each data rank; experts are cut
+        over all ranks that hold the same, whatever the number of shards."""
+        if zero == 0:
+            return Parts()
+        return Parts(shared=shards * self.context, experts=self.data * self.context // self.expert)
 
 
 def grids(

@@ -132,14 +132,17 @@ def collectives(space: Space, found: Candidate, stages: list[Stage]) -> list[Num
         for axis, kind, size, forward, backward in run.cost.sends:
             often = run.count * shape.microbatches * (again * forward + backward)
             counted[kind, axis, getattr(mesh, axis), size] += often
-    summed = space.types.gradients * stage.shadow_elements
+    parts = shape.grid.parts(found.zero, found.shards)
+    summed = parts.largest(stage.shadow_elements, stage.expert_shadow_elements)
     if mesh.tensor > 1 and summed:
-        counted[str(Collective.ALL_REDUCE), "tensor", mesh.tensor, -(-summed // found.parts)] += 1
+        size = space.types.gradients * summed
+        counted[str(Collective.ALL_REDUCE), "tensor", mesh.tensor, size] += 1
     data = space.data_costs(shape, stages, found.zero, found.shards)[busiest]
     sizes = {
         "shards": mesh.shards * mesh.context,
         "replicas": mesh.replicas,
         "data": mesh.data * mesh.context,
+        "expert_data": mesh.data * mesh.context // mesh.expert,
     }
     for kind, axis, size, often in data.sends:
         counted[kind, axis, sizes[axis], size] += often
@@ -147,7 +150,7 @@ def collectives(space: Space, found: Candidate, stages: list[Stage]) -> list[Num
         message = max(s.output_bytes for s in stages[:-1])
         ends = (busiest > 0) + (busiest < mesh.pipeline - 1)
         counted["send", "pipeline", mesh.pipeline, message] += ends * shape.microbatches
-        shared, _ = space.shared_weights(stages, mesh, found.parts)
+        shared, _ = space.shared_weights(stages, mesh, parts.shared)
         if shared:
             counted[str(Collective.ALL_REDUCE), "pipeline", 2, shared] += 1
     return [

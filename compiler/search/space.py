@@ -15,6 +15,7 @@ from llmspec.compiler.cost.network import (
     axis_group,
     collective_s,
     data_group,
+    expert_data_group,
     group,
     send_s,
     shards_group,
@@ -284,6 +285,7 @@ class Space:
                 zero=zero,
                 data=shape.grid.data * shape.grid.context,
                 shards=shards * shape.grid.context,
+                expert_shards=shape.grid.parts(zero, shards).experts,
                 microbatches=count,
                 in_flight=count
                 if schedule is Schedule.GPIPE and pipeline > 1
@@ -304,6 +306,7 @@ class Space:
             shards=shards_group(mesh, self.machine),
             replicas=axis_group("replicas", mesh, self.machine),
             data=data_group(mesh, self.machine),
+            experts=expert_data_group(mesh, self.machine),
         )
         made = {
             id(s): data_cost(s, zero, shape.microbatches, groups, self.types, self.machine)
@@ -324,7 +327,7 @@ class Space:
         """`play`: the schedule's own action lists instead of the closed form."""
         data = self.data_costs(shape, stages, zero, shards)
         mesh = self.mesh(shape.grid, shards)
-        parts = shards * shape.grid.context if zero else 1
+        parts = shape.grid.parts(zero, shards)
         spent = [durations(s, d) for s, d in zip(stages, data, strict=True)]
         message = max((s.output_bytes for s in stages[:-1]), default=0)
         sending = send_s(message, mesh, self.machine) if len(stages) > 1 else 0.0
@@ -333,7 +336,7 @@ class Space:
             span = played_s(lists, spent, sending)
         else:
             span = makespan_s(spent, shape.microbatches, sending)
-        shared = self.shared_weights(stages, mesh, parts)
+        shared = self.shared_weights(stages, mesh, parts.shared)
         tails = [
             tail(s, d, parts, shape.option.where, shared[1], self.types, self.machine)
             for s, d in zip(stages, data, strict=True)
@@ -403,7 +406,8 @@ class Space:
             self.stages[key] = self._stage_of(costs, dict(recompute), 0, stop, pipeline=1)
         whole = self.stages[key]
         sharing = grid.data * grid.context
-        kept_once = (self.types.weights + self.types.moments) * whole.elements
+        elements = whole.elements + (sketch.view.expert - 1) * whole.expert_elements
+        of_one = self.types.weights + self.types.moments
         kept, fixed = whole.kept_bytes(0), self.machine.fixed_bytes
         return Outline(
             option=option,
@@ -412,8 +416,8 @@ class Space:
             microbatches=microbatches,
             recompute=recompute,
             least_s=microbatches * whole.busy_s / grid.pipeline,
-            least_bytes=fixed + (kept_once / sharing + kept) / grid.pipeline,
-            least_whole_bytes=fixed + (kept_once + kept) / grid.pipeline,
+            least_bytes=fixed + (of_one * elements / sharing + kept) / grid.pipeline,
+            least_whole_bytes=fixed + (of_one * whole.elements + kept) / grid.pipeline,
         )
 
     def shapes(self, outline: Outline) -> list[Shape]:

@@ -2,7 +2,7 @@ import pytest
 
 from llmspec.compiler.cost.data import BUCKET_BYTES, DataGroups, data_cost
 from llmspec.compiler.cost.hardware import machine_of
-from llmspec.compiler.cost.network import axis_group, collective_s, data_group
+from llmspec.compiler.cost.network import axis_group, collective_s, data_group, expert_data_group
 from llmspec.compiler.cost.stage import Run, Stage
 from llmspec.compiler.cost.types import types_of
 from llmspec.compiler.cost.unit import UnitCost
@@ -20,9 +20,10 @@ def stage(forward_s: float) -> Stage:
     return Stage((Run(cost, 4, False, True),))
 
 
-def groups(replicas: int, shards: int) -> DataGroups:
-    mesh = MeshSizes(replicas=replicas, shards=shards)
+def groups(replicas: int, shards: int, expert: int = 1) -> DataGroups:
+    mesh = MeshSizes(replicas=replicas, shards=shards, expert=expert)
     return DataGroups(
+        experts=expert_data_group(mesh, MACHINE),
         shards=axis_group("shards", mesh, MACHINE),
         replicas=axis_group("replicas", mesh, MACHINE),
         data=data_group(mesh, MACHINE),
@@ -67,3 +68,16 @@ def test_replicas_of_shards_sum_once():
     found = cost(3, replicas=2, shards=8)
     assert ("all_reduce", "replicas", 4 * 50 * MILLION, 1) in found.sends
     assert found.last_s > 0 and cost(3).last_s == 0
+
+
+def test_experts_travel_between_the_ranks_that_have_the_same():
+    cost = UnitCost(elements=100 * MILLION, expert_elements=75 * MILLION)
+    split = Stage((Run(cost, 4, False, True),))
+    for zero, kind, width in ((0, "all_reduce", 4), (3, "all_gather", 2)):
+        of_two = data_cost(split, zero, 4, groups(1, 8, expert=4), TYPES, MACHINE)
+        sizes = {axis: size for k, axis, size, _ in of_two.sends if k == kind}
+        shared = "shards" if zero else "data"
+        assert sizes == {shared: width * 100 * MILLION, "expert_data": width * 300 * MILLION}
+        alone = data_cost(split, zero, 4, groups(1, 8, expert=8), TYPES, MACHINE)
+        assert {axis for _, axis, _, _ in alone.sends} == {shared}
+        assert alone.last_s + alone.forward_s < of_two.last_s + of_two.forward_s

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from llmspec.compiler.cost.hardware import machine_of
@@ -60,6 +62,38 @@ def test_what_each_level_of_zero_divides():
     reducing = 10_000 * (2 + 2 * 4)
     assert found[1].buffers == found[2].buffers == 2 * 40_000 + reducing
     assert found[3].buffers == 2 * 2 * 10_000 + reducing
+
+
+MIXED = replace(
+    BLOCK,
+    elements=30_000,
+    expert_elements=20_000,
+    cast_elements=29_000,
+    expert_cast_elements=20_000,
+)
+
+
+def test_experts_are_shared_by_the_ranks_that_have_the_same():
+    split = Stage((Run(MIXED, 4, False, True),))
+    at = {z: ledger(split, home(zero=z, shards=8, expert_shards=2), BF16, MACHINE) for z in (1, 3)}
+    part = 4 * (10_000 // 8 + 20_000 // 2)
+    assert at[1].parameters == at[3].parameters == 4 * part
+    assert at[1].optimizer == 8 * part and at[3].gradients == 4 * part
+    assert at[1].gradients == 4 * (4 * 30_000 + part)
+    # the two largest units are the experts of two blocks
+    reducing = 20_000 * (2 + 2 * 4)
+    assert at[1].buffers == 2 * 4 * 30_000 + reducing
+    assert at[3].buffers == 2 * 2 * 30_000 + reducing
+
+
+def test_experts_that_no_other_rank_has_stay_as_they_are():
+    split = Stage((Run(MIXED, 4, False, True),))
+    found = ledger(split, home(zero=3, shards=8, expert_shards=1), BF16, MACHINE)
+    part = 4 * (10_000 // 8 + 20_000)
+    assert found.parameters == 4 * part == found.gradients
+    assert found.buffers == 2 * 2 * 10_000 + 10_000 * (2 + 2 * 4)
+    # each use casts them, and autograd keeps the cast
+    assert found.activations == 4 * (1000 + 2 * 20_000)
 
 
 def test_recomputation_keeps_inputs_and_one_block():

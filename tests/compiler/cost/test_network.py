@@ -3,7 +3,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmspec.compiler.cost.hardware import machine_of
-from llmspec.compiler.cost.network import axis_group, collective_s, data_group, group, send_s
+from llmspec.compiler.cost.network import (
+    axis_group,
+    collective_s,
+    data_group,
+    expert_data_group,
+    group,
+    send_s,
+)
 from llmspec.compiler.cost.types import types_of
 from llmspec.compiler.placement import Collective
 from llmspec.compiler.plan import MeshSizes
@@ -59,3 +66,19 @@ def test_a_ring_of_eight_on_nvlink():
     where = group(8, 1, MACHINE)
     expected = 2 * (7 / 8 * 1e9 / 360e9 + 7 * 2e-6)
     assert collective_s(Collective.ALL_REDUCE, 1e9, where) == pytest.approx(expected)
+
+
+def test_the_ranks_with_the_same_experts():
+    two_nodes = {"replicas": 1, "shards": 16}
+    inside = {
+        expert: expert_data_group(MeshSizes(**two_nodes, expert=expert), MACHINE)
+        for expert in (1, 2, 8, 16)
+    }
+    assert {e: (g.ranks, g.inside) for e, g in inside.items()} == {
+        1: (16, 8),
+        2: (8, 4),
+        8: (2, 1),
+        16: (1, 1),
+    }
+    mixed = MeshSizes(shards=8, context=2, expert=8)
+    assert expert_data_group(mixed, MACHINE).inside == 2  # the context ranks of one data rank
