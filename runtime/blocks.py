@@ -41,7 +41,10 @@ class Block:
     offsets: tuple[int, ...]
 
     @staticmethod
-    def of(tensor: Tensor) -> "Block":
+    def of(tensor: Tensor, beside: Tensor | None = None) -> "Block":
+        """beside: the parameter that this is state of; a plain part of it lies as it does."""
+        if isinstance(beside, DTensor) and not isinstance(tensor, DTensor) and tensor.ndim:
+            return Block(tensor.detach(), tuple(beside.shape), block_offsets(beside))
         shape = tuple(tensor.shape)
         if isinstance(tensor, DTensor):
             return Block(tensor._local_tensor.detach(), shape, block_offsets(tensor))

@@ -25,7 +25,7 @@ from .blocks import Block, load, save
 from .errors import UserError
 from .mesh import Mesh
 from .objects import send_without_numpy
-from .optimizers import Models, as_modules
+from .optimizers import Models, as_modules, kind_of, updated_by
 
 MANIFEST = "manifest.json"
 READ_BYTES = 2**22
@@ -62,7 +62,7 @@ class Checkpoints:
         manifest = {
             "step": step,
             "extra": dict(extra or {}),
-            "optimizer": type(optimizer).__name__,
+            "optimizer": kind_of(optimizer),
         }
         self._thread = threading.Thread(target=self._guarded, args=(copies, manifest))
         self._thread.start()
@@ -105,10 +105,10 @@ class Checkpoints:
         self, path: Path, manifest: dict[str, Any], model: Models, optimizer: Optimizer | None
     ) -> None:
         saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        if optimizer is not None and manifest["optimizer"] != type(optimizer).__name__:
+        if optimizer is not None and manifest["optimizer"] != kind_of(optimizer):
             self._fail(
                 f"{path} was written with the optimizer {manifest['optimizer']},"
-                f" not {type(optimizer).__name__}"
+                f" not {kind_of(optimizer)}"
             )
         self._same_model(_state(model, None)[0], saved, path)
         if optimizer is not None:
@@ -117,6 +117,9 @@ class Checkpoints:
         load(blocks, path, self.group)
         for copy, original in twins:
             copy.local.copy_(original.local)
+        changed = getattr(optimizer, "weights_changed", None)
+        if changed is not None:  # copies of them lie in host memory
+            changed()
 
     def _guarded(self, blocks: dict[str, Block], manifest: dict[str, Any]) -> None:
         try:
@@ -217,7 +220,7 @@ def _state(
                 if isinstance(value, Tensor):
                     found[f"optimizer/{name}/{key}"] = value
         for full_name, value in found.items():
-            block = Block.of(value)
+            block = Block.of(value, beside=tensor)
             if full_name in blocks:
                 twins.append((block, blocks[full_name]))
             else:
@@ -251,12 +254,13 @@ def _make_optimizer_state(model: Models, optimizer: Optimizer, saved: Mapping[st
         for key in keys.get(name, ()):
             stored = saved[f"optimizer/{name}/{key}"]
             dtype = stored.properties.dtype
+            home = updated_by(optimizer, p)
             if stored.size == p.shape:
-                optimizer.state[p][key] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+                optimizer.state[p][key] = torch.zeros_like(home, dtype=dtype, requires_grad=False)
             else:
                 # PyTorch counts steps on the CPU, but its fused and capturable kernels do not
                 near = groups[p].get("fused") or groups[p].get("capturable")
-                device = p.device if near else "cpu"
+                device = home.device if near else "cpu"
                 optimizer.state[p][key] = torch.zeros(stored.size, dtype=dtype, device=device)
 
 

@@ -32,7 +32,8 @@ def clip_(
         # the 1e-6 is that of torch.nn.utils.clip_grad_norm_
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         if with_gradient:
-            torch._foreach_mul_([local_gradient(p) for p in with_gradient], scale)
+            gradients = [local_gradient(p) for p in with_gradient]
+            torch._foreach_mul_(gradients, scale.to(gradients[0].device))
     return norm
 
 

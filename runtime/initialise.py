@@ -45,10 +45,11 @@ class Rows:
 Init = Normal | Uniform | Constant | Rows
 
 
-def initialise(model: nn.Module, mesh: Mesh, seed: int) -> None:
+def initialise(model: nn.Module, mesh: Mesh, seed: int, *, on_host: bool = False) -> None:
     """Give every parameter memory on mesh.device, and its values; also buffers with `traits`.
 
     Call it after sharding: no rank ever holds more than its part.
+    on_host: parameters get host memory instead.
     """
     wanted = traits(model)
     made: dict[int, nn.Parameter | Tensor] = {}
@@ -59,9 +60,12 @@ def initialise(model: nn.Module, mesh: Mesh, seed: int) -> None:
                 if old is None:
                     continue
                 if id(old) not in made:
-                    made[id(old)] = _materialise(old, mesh.device)
+                    on_cpu = on_host and isinstance(old, nn.Parameter)
+                    home = torch.device("cpu") if on_cpu else mesh.device
+                    made[id(old)] = _materialise(old, home)
                     if full_name in wanted:
-                        _fill(made[id(old)], wanted[full_name].init, seed, full_name)
+                        init = wanted[full_name].init
+                        _fill(made[id(old)], init, seed, full_name, mesh.device)
                     elif old.is_meta:
                         raise RuntimeError(f"{full_name} has no values and no way to make them")
                 # tied names stay one tensor; `to_empty` would part them
@@ -123,11 +127,14 @@ def _materialise(old: Tensor, device: torch.device) -> nn.Parameter | Tensor:
 
 
 @torch.no_grad()
-def _fill(p: Tensor, init: Init, seed: int, name: str) -> None:
-    if isinstance(p, DTensor):
-        fill(p._local_tensor, tuple(p.shape), block_offsets(p), init, seed, name)
-    else:
-        fill(p, tuple(p.shape), (0,) * p.ndim, init, seed, name)
+def _fill(p: Tensor, init: Init, seed: int, name: str, device: torch.device) -> None:
+    """The numbers are made on `device`, wherever p lives."""
+    part = p._local_tensor if isinstance(p, DTensor) else p
+    offsets = block_offsets(p) if isinstance(p, DTensor) else (0,) * p.ndim
+    near = part if part.device == device else torch.empty_like(part, device=device)
+    fill(near, tuple(p.shape), offsets, init, seed, name)
+    if near is not part:
+        part.copy_(near)
 
 
 def _chunks(

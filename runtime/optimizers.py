@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -22,8 +22,7 @@ def adamw(
     weight_decay: float = 0.0,
     fused: bool = True,
 ) -> torch.optim.AdamW:
-    groups = _groups(model, weight_decay)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+    return torch.optim.AdamW(groups(model, weight_decay), lr=lr, betas=betas, eps=eps, fused=fused)
 
 
 def sgd(
@@ -37,7 +36,7 @@ def sgd(
     # the fused kernel does not know DTensors
     fused = not any(isinstance(p, DTensor) for _, p in named_parameters(model))
     return torch.optim.SGD(
-        _groups(model, weight_decay),
+        groups(model, weight_decay),
         lr=lr,
         momentum=momentum,
         nesterov=nesterov,
@@ -49,6 +48,15 @@ def sgd(
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def updated_by(optimizer: Optimizer, p: Tensor) -> Tensor:
+    """What the optimizer works on in place of p: its copy in host memory, or p itself."""
+    return getattr(optimizer, "copies", {}).get(p, p)
+
+
+def kind_of(optimizer: Optimizer) -> str:
+    return getattr(optimizer, "kind", type(optimizer).__name__)
 
 
 def as_modules(model: Models) -> Sequence[nn.Module]:
@@ -65,7 +73,7 @@ def named_parameters(model: Models) -> Iterator[tuple[str, nn.Parameter]]:
                 yield name, p
 
 
-def _groups(model: Models, weight_decay: float) -> list[dict[str, Any]]:
+def groups(model: Models, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay, vectors and what was declared `decay=False` do not.
 
     One fused kernel takes plain tensors or DTensors of one mesh, hence a group for each kind.
@@ -73,10 +81,10 @@ def _groups(model: Models, weight_decay: float) -> list[dict[str, Any]]:
     exempt: set[str] = set()
     for module in as_modules(model):
         exempt |= {name for name, kept in traits(module).items() if not kept.decay}
-    groups: dict[Any, dict[str, Any]] = {}
+    found: dict[Any, dict[str, Any]] = {}
     for name, p in named_parameters(model):
         decay = weight_decay if p.ndim >= 2 and name not in exempt else 0.0
         devices = p.device_mesh if isinstance(p, DTensor) else None
-        group = groups.setdefault((decay, devices), {"params": [], "weight_decay": decay})
+        group = found.setdefault((decay, devices), {"params": [], "weight_decay": decay})
         group["params"].append(p)
-    return list(groups.values())
+    return list(found.values())

@@ -13,9 +13,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Shard
 
+from . import host
 from .gradients import partial_parameters, sum_over
 from .mesh import Mesh
 from .parameters import is_expert, traits
@@ -31,6 +38,8 @@ class ShardedGradients:
         the last one reduces them; 2 gradients are reduced in every micro-batch; 3 parameters
         are gathered for each unit's forward and again for its backward.
     compute, reduce: dtypes of the gathered parameters and of the reduction; None: as stored.
+    on_host: the stored parts of parameters and gradients, and so the optimizer's state, live in
+        host memory; with ZeRO 3, as gathered parameters are the device's.
     """
 
     def __init__(
@@ -42,11 +51,17 @@ class ShardedGradients:
         zero: int,
         compute: torch.dtype | None = None,
         reduce: torch.dtype | None = None,
+        on_host: bool = False,
     ):
         assert zero in (1, 2, 3), f"ZeRO {zero} does not shard parameters"
         self.model, self.mesh, self.level = model, mesh, zero
         traits(model)  # keeps them: fully_shard replaces the parameters
         self.partial = partial_parameters(model, mesh)
+        self.on_host = on_host
+        where = CPUOffloadPolicy(mesh.device.type == "cuda") if on_host else OffloadPolicy()
+        if on_host:
+            assert zero == 3, "only ZeRO 3 parts with gathered parameters"
+            host.use_all_cores(mesh.device)
         stored = next(model.parameters()).dtype
         policy = MixedPrecisionPolicy(
             param_dtype=None if compute == stored else compute,
@@ -62,9 +77,10 @@ class ShardedGradients:
             again = zero == 3 and (unit is not model or mesh.pipeline.size > 1)
             inner = [] if kept else _holders_of_experts(unit)
             for experts in inner:
-                _shard(experts, mesh.expert_devices("expert_data"), policy, again)
+                _shard(experts, mesh.expert_devices("expert_data"), policy, where, again)
             # a unit's parameters may have their names elsewhere in the model
-            _shard(unit, mesh.shard_devices(), policy, again, taken if unit is model else kept)
+            ignored = taken if unit is model else kept
+            _shard(unit, mesh.shard_devices(), policy, where, again, ignored)
             # experts are gathered with the rest, not after their tokens have arrived
             cast(FSDPModule, unit).set_modules_to_forward_prefetch(cast(list[FSDPModule], inner))
             taken |= set(unit.parameters())
@@ -77,6 +93,7 @@ class ShardedGradients:
         """micro: a Turn, or anything else with `first` and `last`."""
         if micro.first:
             self.zero()
+        self._stand_on_host()
         reduce = getattr(micro, "reduce", None)
         reduce = micro.last or self.level > 1 if reduce is None else reduce
         root = cast(FSDPModule, self.model)
@@ -88,6 +105,7 @@ class ShardedGradients:
 
     def finish(self) -> None:
         """Gradients are whole sums (of this rank's part) after this."""
+        self._stand_on_host()
         if self.partial:
             named = dict(self.model.named_parameters())
             sum_over([named[name] for name in self.partial], self.mesh.tensor)
@@ -116,6 +134,13 @@ class ShardedGradients:
         self.release()
         self.model.train()
 
+    def _stand_on_host(self) -> None:
+        if self.on_host:
+            for p in self.model.parameters():
+                host.stands_on_host(p)
+                if p.grad is not None:
+                    host.stands_on_host(p.grad)
+
     def _sharded(self) -> list[FSDPModule]:
         """The root first: whichever is used first takes that part."""
         return [m for m in self.model.modules() if isinstance(m, FSDPModule)]
@@ -125,6 +150,7 @@ def _shard(
     module: nn.Module,
     devices: DeviceMesh,
     policy: MixedPrecisionPolicy,
+    where: OffloadPolicy,
     again: bool,
     ignored: set[nn.Parameter] | None = None,
 ) -> None:
@@ -133,6 +159,7 @@ def _shard(
         module,
         mesh=devices,
         mp_policy=policy,
+        offload_policy=where,
         reshard_after_forward=again,
         ignored_params=ignored,
         shard_placement_fn=lambda p: _shard_dim(p, ranks),
