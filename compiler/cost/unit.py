@@ -112,10 +112,10 @@ def move(
     uneven = (s.dim is not None and shape[s.dim] % where.ranks for s in (have, want))
     if any(uneven):
         return None
-    return _priced(step, width * numel(shape), where, machine)
+    return priced_move(step, width * numel(shape), where, machine)
 
 
-def _priced(step: Conversion, size: int, where: Group, machine: Machine) -> Move:
+def priced_move(step: Conversion, size: int, where: Group, machine: Machine) -> Move:
     seconds = []
     for kind in (step.forward, step.backward):
         copied = size / machine.memory_bytes_per_s / where.ranks

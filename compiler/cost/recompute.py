@@ -1,0 +1,308 @@
+"""What it costs and saves to run operators of a unit again in its backward: sums over its lowered
+graph."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from llmspec.compiler.cost.compute import is_integer, operator_cost
+from llmspec.compiler.cost.hardware import Machine
+from llmspec.compiler.cost.network import Group
+from llmspec.compiler.cost.unit import operator_sends_s, priced_move, sent_by
+from llmspec.compiler.graph import Unit
+from llmspec.compiler.ops import collective
+from llmspec.compiler.ops.registry import entry_of, numel, shape_of, shapes_of, tensor_operands
+from llmspec.compiler.placement import Collective, Kind
+
+EVERYTHING = "everything"
+"""In place of a list of operators: only the unit's input is kept, and all of it runs again."""
+
+Operators = tuple[str, ...] | str
+"""Names of nodes of the lowered unit, in its order; or EVERYTHING."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Again:
+    """What one use of a unit runs again in its backward, and what it keeps until then.
+
+    forward_s, tensor_s, context_s, expert_s, flops: of what runs again.
+    kept_bytes: from forward to backward. keeps_casts: and the weights as its operators cast them.
+    working_bytes: the most bytes beyond those kept while the unit goes backward: values come back,
+        those that were kept go.
+    sends: (axis, kind, bytes of the whole value, how often).
+    """
+
+    operators: Operators = ()
+    forward_s: float = 0.0
+    tensor_s: float = 0.0
+    context_s: float = 0.0
+    expert_s: float = 0.0
+    flops: float = 0.0
+    kept_bytes: int = 0
+    keeps_casts: bool = True
+    working_bytes: int = 0
+    sends: tuple[tuple[str, str, int, int], ...] = ()
+
+    @property
+    def whole_s(self) -> float:
+        """Computing and sending."""
+        return self.forward_s + self.tensor_s + self.context_s + self.expert_s
+
+
+@dataclass(eq=False, slots=True)
+class Step:
+    """One node of a lowered unit as recomputation sees it. Views are part of what they view.
+
+    reads: values, parameters and integers apart. keeps: those of them, and its own result, that it
+        keeps for its backward. extra_bytes: kept besides. size_bytes: of its result.
+    sent_s: exposed seconds of what it sends, by axis.
+    """
+
+    name: str
+    node: fx.Node
+    size_bytes: int
+    reads: tuple[str, ...] = ()
+    keeps: frozenset[str] = frozenset()
+    extra_bytes: int = 0
+    computing_s: float = 0.0
+    flops: float = 0.0
+    sent_s: Mapping[str, float] = field(default_factory=dict)
+    sends: tuple[tuple[str, str, int, int], ...] = ()
+
+    @property
+    def whole_s(self) -> float:
+        return self.computing_s + sum(self.sent_s.values())
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A lowered unit as steps in order.
+
+    inputs: bytes of what flows into it, by name. result: the value that flows out: whoever reads
+        it next keeps it, so it is never dropped.
+    """
+
+    steps: dict[str, Step]
+    inputs: dict[str, int]
+    result: str
+
+    def size_bytes(self, value: str) -> int:
+        return self.inputs[value] if value in self.inputs else self.steps[value].size_bytes
+
+    def candidates(self) -> list[Step]:
+        """Steps that may run again."""
+        return [s for s in self.steps.values() if s.name != self.result]
+
+    def kept_values(self) -> set[str]:
+        """What autograd keeps when nothing is dropped."""
+        return {v for s in self.steps.values() for v in s.keeps}
+
+    def needed(self, chosen: Collection[str]) -> set[str]:
+        """Of the chosen operators those that the backward asks for: for what they keep besides,
+        for results that someone keeps or that another of them reads."""
+        asked = self.kept_values()
+        found: set[str] = set()
+        for step in reversed(self.steps.values()):
+            if step.name in chosen and (step.extra_bytes or step.name in asked):
+                found.add(step.name)
+                asked |= set(step.reads)
+        return found
+
+    def again(self, operators: Operators) -> Again:
+        if isinstance(operators, str):
+            return self._everything()
+        runs = self.needed(operators)
+        kept = self._kept(runs)
+        kept_bytes = sum(map(self.size_bytes, kept))
+        kept_bytes += sum(s.extra_bytes for s in self.steps.values() if s.name not in runs)
+        return self._priced(
+            tuple(n for n in self.steps if n in runs),
+            [s for s in self.steps.values() if s.name in runs],
+            kept_bytes=kept_bytes,
+            working_bytes=max(0, self._peak_bytes(runs, kept) - kept_bytes),
+        )
+
+    def _kept(self, runs: set[str]) -> set[str]:
+        kept = self.kept_values()
+        for name in runs:
+            kept |= set(self.steps[name].reads)
+        return kept - runs
+
+    def _everything(self) -> Again:
+        """torch.utils.checkpoint: the forward runs until the last value that its backward keeps is
+        there."""
+        steps = list(self.steps.values())
+        last = max((i for i, s in enumerate(steps) if s.keeps or s.extra_bytes), default=-1)
+        after = bool(steps) and (steps[last].extra_bytes or steps[last].name in steps[last].keeps)
+        held = sum(self.inputs.values())
+        whole = sum(map(self.size_bytes, self.kept_values() - set(self.inputs)))
+        return self._priced(
+            EVERYTHING,
+            steps[: last + 1] if after else steps[: max(last, 0)],
+            kept_bytes=held,
+            working_bytes=whole + sum(s.extra_bytes for s in steps),
+            keeps_casts=False,
+        )
+
+    def _priced(
+        self,
+        operators: Operators,
+        steps: Iterable[Step],
+        *,
+        kept_bytes: int,
+        working_bytes: int,
+        keeps_casts: bool = True,
+    ) -> Again:
+        steps = list(steps)
+        sent = {a: sum(s.sent_s.get(a, 0.0) for s in steps) for a in AXES}
+        counted: Counter[tuple[str, str, int]] = Counter()
+        for step in steps:
+            for axis, kind, size, often in step.sends:
+                counted[axis, kind, size] += often
+        return Again(
+            operators=operators,
+            forward_s=sum(s.computing_s for s in steps),
+            tensor_s=sent["tensor"],
+            context_s=sent["context"],
+            expert_s=sent["expert"],
+            flops=sum(s.flops for s in steps),
+            kept_bytes=kept_bytes,
+            keeps_casts=keeps_casts,
+            working_bytes=working_bytes,
+            sends=tuple((*key, often) for key, often in sorted(counted.items())),
+        )
+
+    def _peak_bytes(self, runs: set[str], kept: set[str]) -> int:
+        """The most bytes of kept and recomputed values at once, step by step backward, as
+        `runtime/recompute.py` makes and drops them."""
+        readers = {v: {s.name for s in self.steps.values() if v in s.keeps} for v in self.values()}
+        for name in runs:  # what runs again holds what it reads until it has run
+            for value in self.steps[name].reads:
+                readers[value].add(f"again {name}")
+        alive = {v for v in kept if readers[v]}
+        extras = {s.name for s in self.steps.values() if s.extra_bytes and s.name not in runs}
+        ran: set[str] = set()
+        worst = 0
+
+        def total() -> int:
+            besides = sum(self.steps[n].extra_bytes for n in extras)
+            return besides + sum(map(self.size_bytes, alive))
+
+        def release(reader: str, values: Iterable[str]) -> None:
+            for value in values:
+                readers[value].discard(reader)
+                if not readers[value]:
+                    alive.discard(value)
+
+        def run(name: str) -> None:
+            nonlocal worst
+            ran.add(name)
+            step = self.steps[name]
+            for value in step.reads:
+                if value in runs and value not in ran:
+                    run(value)
+            if readers[name]:
+                alive.add(name)
+            if step.extra_bytes and name in ahead:
+                extras.add(name)
+            worst = max(worst, total())
+            release(f"again {name}", step.reads)
+
+        ahead = set(self.steps)
+        for step in reversed(self.steps.values()):
+            wanted = [v for v in step.keeps if v in runs]
+            wanted += [step.name] if step.extra_bytes and step.name in runs else []
+            for name in wanted:
+                if name not in ran:
+                    run(name)
+            worst = max(worst, total())
+            ahead.discard(step.name)
+            extras.discard(step.name)
+            release(step.name, step.keeps)
+        return worst
+
+    def values(self) -> list[str]:
+        return [*self.inputs, *self.steps]
+
+
+AXES = ("tensor", "context", "expert")
+
+
+def flow_of(
+    unit: Unit, where: Group, machine: Machine, width: int, inner: Mapping[str, Group]
+) -> Flow:
+    """`unit`: lowered, on one rank's shapes. `where`: the tensor ranks; `inner`: groups of the axes
+    that operators send over; `width`: bytes of an element in the compute type."""
+    roots: dict[fx.Node, str | None] = {}
+    inputs: dict[str, int] = {}
+    steps: dict[str, Step] = {}
+    for node in unit.graph.nodes:
+        if node.op == "placeholder":
+            roots[node] = None if is_integer(node) else node.name
+            if not is_integer(node):
+                inputs[node.name] = width * numel(shape_of(node))
+        elif node.op == "get_attr":
+            roots[node] = None
+        elif node.op == "call_function" and _is_view(node):
+            roots[node] = roots[tensor_operands(node)[0]]
+        elif node.op == "call_function":
+            roots[node] = node.name
+            steps[node.name] = _step(node, roots, where, machine, width, inner)
+    return Flow(steps, inputs, roots[unit.result()] or "")
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether the result lies in its operand's storage."""
+    if collective.is_collective(node):
+        move: collective.Move = node.meta["move"]
+        return move.conversion.forward is Collective.NONE or move.have.kind is Kind.SHADOW
+    return entry_of(node).alias
+
+
+def _step(
+    node: fx.Node,
+    roots: dict[fx.Node, str | None],
+    where: Group,
+    machine: Machine,
+    width: int,
+    inner: Mapping[str, Group],
+) -> Step:
+    operands = tensor_operands(node)
+    reads = tuple(dict.fromkeys(r for o in operands if (r := roots[o]) is not None))
+    size = width * numel(shape_of(node))
+    if collective.is_collective(node):
+        move: collective.Move = node.meta["move"]
+        whole = width * numel(move.whole_shape)
+        spent = priced_move(move.conversion, whole, where, machine).forward_s
+        sends = ((move.axis, str(move.conversion.forward), whole, 1),)
+        quiet = move.conversion.forward is Collective.SLICE
+        return Step(
+            node.name, node, size, reads, sent_s={"tensor": spent}, sends=() if quiet else sends
+        )
+    shapes = shapes_of(node)
+    cost = operator_cost(node, shapes, machine, width)
+    kept = [roots[operands[i]] for i in cost.saved.operands]
+    kept += [node.name] if cost.saved.result else []
+    sent: dict[str, float] = {}
+    found: list[tuple[str, str, int, int]] = []
+    for one in sent_by(node, shapes):
+        forward_s, _ = operator_sends_s(one, cost, inner, machine, width)
+        sent[one.axis] = sent.get(one.axis, 0.0) + forward_s
+        if one.elements_forward and inner[one.axis].ranks > 1:
+            found.append((one.axis, str(one.kind), width * one.elements_forward, one.count))
+    return Step(
+        node.name,
+        node,
+        size,
+        reads,
+        keeps=frozenset(v for v in kept if v is not None),
+        extra_bytes=cost.saved.extra_bytes,
+        computing_s=cost.forward_s,
+        flops=cost.flops,
+        sent_s=sent,
+        sends=tuple(found),
+    )
