@@ -92,7 +92,8 @@ def corners(flow: Flow) -> tuple[tuple[str, ...], ...]:
     priced: dict[tuple[str, ...], Again] = {(): flow.again(())}
     fewest = program.solve(DEAREST * sum(program.seconds) / max(priced[()].kept_bytes, 1))
     priced.setdefault(fewest, flow.again(fewest))
-    todo = [((), fewest)] if fewest else []
+    nothing: tuple[str, ...] = ()
+    todo = [(nothing, fewest)] if fewest else []
     while todo:
         left, right = todo.pop()
         a, b = priced[left], priced[right]
