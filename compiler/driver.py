@@ -18,13 +18,14 @@ from torch import nn
 
 from llmspec.compiler.build.model import build_model
 from llmspec.compiler.cost.hardware import machine_of
-from llmspec.compiler.cost.network import axis_group, collective_s
+from llmspec.compiler.cost.network import axis_group, collective_s, inner_groups
 from llmspec.compiler.cost.types import types_of
 from llmspec.compiler.emit.package import emit, write
 from llmspec.compiler.errors import Refused, Unsupported
 from llmspec.compiler.graph import ModelGraph
 from llmspec.compiler.lower import Lowered, lower
 from llmspec.compiler.ops.collective import Move
+from llmspec.compiler.ops.registry import Sends
 from llmspec.compiler.plan import Plan, from_json
 from llmspec.compiler.search.search import Found, Infeasible, search
 from llmspec.dsl import Diagnostic, load
@@ -163,13 +164,17 @@ def emit_plan(session: Session, plan: Plan) -> dict[str, str]:
     )
 
 
-def move_times(program: Program, plan: Plan) -> Callable[[Move], float | None]:
+def move_times(program: Program, plan: Plan) -> Callable[[Move | Sends], float | None]:
     """Predicted seconds of a collective's forward (or of its backward, when only that sends)."""
     types = types_of(program.train)
     machine = machine_of(program.cluster, types)
     where = axis_group("tensor", plan.mesh, machine)
+    inner = inner_groups(plan.mesh.tensor, plan.mesh.context, plan.mesh.expert, machine)
 
-    def time_s(move: Move) -> float | None:
+    def time_s(move: Move | Sends) -> float | None:
+        if isinstance(move, Sends):
+            elements = move.elements_forward or move.elements_backward
+            return move.count * collective_s(move.kind, types.compute * elements, inner[move.axis])
         size = float(types.compute)
         for dim in move.whole_shape:
             size *= dim

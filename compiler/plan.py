@@ -33,6 +33,11 @@ class MeshSizes:
         return self.replicas * self.shards
 
     @property
+    def expert_data(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.data * self.context // self.expert
+
+    @property
     def world_size(self) -> int:
         return self.pipeline * self.data * self.context * self.tensor
 

@@ -74,8 +74,7 @@ def expert_data_group(mesh: MeshSizes, machine: Machine) -> Group:
     every `expert`-th data rank, and the context ranks of each."""
     near = min(mesh.context, max(1, machine.devices_per_node // mesh.tensor))
     far = max(1, machine.devices_per_node // (mesh.expert * mesh.context * mesh.tensor))
-    ranks = mesh.data * mesh.context // mesh.expert
-    return _spread(ranks, min(ranks, near * far), machine)
+    return _spread(mesh.expert_data, min(mesh.expert_data, near * far), machine)
 
 
 def inner_groups(tensor: int, context: int, expert: int, machine: Machine) -> dict[str, Group]:

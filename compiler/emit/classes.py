@@ -4,6 +4,7 @@ one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -26,6 +27,8 @@ from llmspec.compiler.reference import DROPOUTS_PER_INSTANCE
 from llmspec.dsl.program import Span
 
 Comment = Callable[[Move, fx.Node], tuple[str, ...]]
+AXES = ("expert", "tensor")
+"""That a module's own calls may name."""
 
 
 @dataclass
@@ -34,14 +37,18 @@ class Style:
 
     cast: whether weights are stored in another type than they are used in, and cast by the module
         itself.
+    cast_experts: the same for what the expert ranks have split.
     full: names of units that are recomputed whole in the backward.
+    sent: what is said of an operator that sends by itself.
     imports: filled while printing.
     """
 
     source: str
     cast: bool
+    cast_experts: bool
     full: frozenset[str]
     comment: Comment
+    sent: Callable[[fx.Node], tuple[str, ...]]
     placements: dict[str, dict[str, str]]
     imports: set[tuple[str, str]] = field(default_factory=set)
 
@@ -84,8 +91,10 @@ def init_text(init: Init, imports: set[tuple[str, str]]) -> str:
 def parameter_text(weight: Parameter, state: State, style: Style) -> str:
     style.imports.add(("runtime.parameters", "parameter"))
     parts = [repr(weight.shape), "mesh=mesh", f"init={init_text(weight.init, style.imports)}"]
-    if state.kind is Kind.SPLIT:
-        parts.append(f'split={{"tensor": {state.dim}}}')
+    split = ['"expert": 0'] if weight.expert_ranks > 1 else []
+    split += [f'"tensor": {state.dim}'] if state.kind is Kind.SPLIT else []
+    if split:
+        parts.append(f"split={{{', '.join(split)}}}")
     if state.kind is Kind.SHADOW:
         parts.append("partial=True")
     if not weight.decay and len(weight.shape) >= 2:
@@ -118,6 +127,11 @@ def group_text(tree: Tree, style: Style) -> str:
 # Classes
 
 
+def used_axes(statements: list[str]) -> tuple[str, ...]:
+    """The axes of the mesh that some statement names."""
+    return tuple(a for a in AXES if any(re.search(rf"\bself\.{a}\b", s) for s in statements))
+
+
 def has_dropout(nodes: tuple[fx.Node, ...] | list[fx.Node]) -> bool:
     return any(n.op == "call_function" and n.target is dropout for n in nodes)
 
@@ -141,11 +155,18 @@ class ClassPrinter:
 
     def reference(self, node: fx.Node) -> str:
         self.style.imports.add(("runtime.parameters", "local"))
-        path = self.relative(node.meta["parameter"])
-        return f"local(self.{path}{', COMPUTE' if self.style.cast else ''})"
+        weight: Parameter = node.meta["parameter"]
+        cast = self.style.cast_experts if weight.expert_ranks > 1 else self.style.cast
+        return f"local(self.{self.relative(weight)}{', COMPUTE' if cast else ''})"
 
     def printer(self) -> Printer:
-        return Printer(self.section, self.reference, self.style.comment, self.style.imports)
+        return Printer(
+            self.section,
+            self.reference,
+            self.style.comment,
+            self.style.sent,
+            self.style.imports,
+        )
 
     def _where(self) -> str:
         span = self.unit.span if not self.section.scope else self._first_span()
@@ -191,20 +212,20 @@ class ClassPrinter:
         with self.text.block(f"class {name}(nn.Module):"):
             self.text.line(self._docstring())
             self.text.blank()
-            self._print_init(uses_tensor=any("self.tensor" in t for t in body))
+            self._print_init(used_axes(body))
             self.text.blank()
             self._print_forward(arguments, statements)
         self.text.blank(2)
 
-    def _print_init(self, uses_tensor: bool) -> None:
+    def _print_init(self, axes: tuple[str, ...]) -> None:
         more = ", first_dropout: int" if self._needs_dropout() else ""
         with self.text.block(f"def __init__(self, mesh: Mesh{more}):"):
             self.text.line("super().__init__()")
             for key, value in self._members().items():
                 text = value if isinstance(value, str) else group_text(value, self.style)
                 self.text.line(f"self.{key} = {text}")
-            if uses_tensor:
-                self.text.line("self.tensor = mesh.tensor")
+            for axis in axes:
+                self.text.line(f"self.{axis} = mesh.{axis}")
             if has_dropout(_section_nodes(self.section)):
                 self.text.line("self.first_dropout = first_dropout")
 
@@ -282,18 +303,18 @@ class PlainPrinter(ClassPrinter):
         what = {"first": "What comes before the blocks", "last": "What comes after the blocks"}
         return f'"""{what.get(self.unit.name, f"Unit `{self.unit.name}`")}{self._where()}."""'
 
-    def _print_init(self, uses_tensor: bool) -> None:
+    def _print_init(self, axes: tuple[str, ...]) -> None:
         names = list(self.groups.values())
         dropped = self._needs_dropout()
         arguments = [f"{n}: Group" for n in names] + ["first_dropout: int"] * dropped
-        mesh = ["mesh: Mesh"] if uses_tensor else []
+        mesh = ["mesh: Mesh"] if axes else []
         self.style.imports.add(("runtime.parameters", "Group"))
         with self.text.block(f"def __init__({', '.join(['self', *mesh, *arguments])}):"):
             self.text.line("super().__init__()")
             for name in names:
                 self.text.line(f"self.{name} = {name}")
-            if uses_tensor:
-                self.text.line("self.tensor = mesh.tensor")
+            for axis in axes:
+                self.text.line(f"self.{axis} = mesh.{axis}")
             if dropped:
                 self.text.line("self.first_dropout = first_dropout")
 
@@ -306,9 +327,9 @@ def print_plain(unit: Unit, style: Style, text: Text) -> str:
     section = flat_section(unit)
     printer = PlainPrinter(unit, section, style, text, groups=groups)
     statements = printer.printer().statements()
-    uses_tensor = any("self.tensor" in s.text for s in statements)
+    uses_mesh = bool(used_axes([s.text for s in statements]))
     printer.print_class(class_name(unit.name))
-    arguments = ["mesh"] * uses_tensor + [f"self.{path}" for path in groups]
+    arguments = ["mesh"] * uses_mesh + [f"self.{path}" for path in groups]
     if has_dropout(unit.calls()):
         arguments.append("first_dropout={first_dropout}")
     return f"{class_name(unit.name)}({', '.join(arguments)})"

@@ -74,7 +74,10 @@ def _child(scope: Scope, nodes: tuple[fx.Node, ...], all_nodes: set[fx.Node]) ->
     own = set(nodes)
     calls = [n for n in nodes if n.op == "call_function"]
     results = [n for n in calls if any(u not in own for u in n.users)]
-    if _computes(nodes) < SMALLEST_MODULE or len(results) != 1:
+    weights = [n.meta["parameter"] for n in nodes if n.op == "get_attr"]
+    # what expert ranks have split is gathered by itself, as a module that is called
+    own_unit = any(w.expert_ranks > 1 for w in weights)
+    if len(results) != 1 or (_computes(nodes) < SMALLEST_MODULE and not own_unit):
         return None
     outside = all_nodes - own
     after = _reached(results[0], outside)
@@ -84,8 +87,8 @@ def _child(scope: Scope, nodes: tuple[fx.Node, ...], all_nodes: set[fx.Node]) ->
         a for n in calls for a in n.all_input_nodes if a not in own and a.op != "get_attr"
     )
     prefix = ".".join(scope) + "."
-    weights = [a for n in calls for a in n.all_input_nodes if a.op == "get_attr"]
-    if any(a not in own or not a.meta["parameter"].path.startswith(prefix) for a in weights):
+    read = [a for n in calls for a in n.all_input_nodes if a.op == "get_attr"]
+    if any(a not in own or not a.meta["parameter"].path.startswith(prefix) for a in read):
         return None
     return Child(scope=scope, nodes=nodes, inputs=tuple(inputs), result=results[0])
 
@@ -187,12 +190,13 @@ class Printer:
     """Statements of one section.
 
     reference: how a parameter node is written (`local(self.q)`). comment: what is said of a
-        collective.
+        collective; sent: of an operator that sends by itself.
     """
 
     section: Section
     reference: Callable[[fx.Node], str]
     comment: Callable[[Move, fx.Node], tuple[str, ...]]
+    sent: Callable[[fx.Node], tuple[str, ...]]
     imports: set[tuple[str, str]] = field(default_factory=set)
     names: dict[fx.Node, str] = field(default_factory=dict)
     free_at: dict[str, int] = field(default_factory=dict)
@@ -305,8 +309,9 @@ class Printer:
         if isinstance(item, Child):
             path = ".".join(("self", *item.scope[len(self.section.scope) :]))
             return f"{path}({', '.join(self.names[n] for n in item.inputs)})", ()
-        comments = self.comment(item.meta["move"], item) if collective.is_collective(item) else ()
-        return self._call(item), comments
+        if collective.is_collective(item):
+            return self._call(item), self.comment(item.meta["move"], item)
+        return self._call(item), self.sent(item)
 
 
 _BINARY = (elementwise.add, elementwise.subtract, elementwise.multiply, elementwise.divide)

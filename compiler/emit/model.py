@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from llmspec.compiler.cost.unit import sent_by
 from llmspec.compiler.emit.classes import (
     Style,
     class_name,
@@ -23,6 +24,7 @@ from llmspec.compiler.emit.text import Text, formatted, in_bytes, plural, quoted
 from llmspec.compiler.graph import INTEGER_INPUTS, Instance, Unit
 from llmspec.compiler.lower import Lowered
 from llmspec.compiler.ops.collective import Move, sends
+from llmspec.compiler.ops.registry import Sends, shapes_of
 from llmspec.compiler.placement import Collective, parse_state
 from llmspec.compiler.plan import Plan
 
@@ -39,7 +41,13 @@ LETTERS = {
     "J": "key/value heads x head size",
     "V": "vocabulary",
     "C": "positions",
+    "R": "rows: each expert's tokens",
+    "X": "experts",
+    "P": "experts of a token",
 }
+
+OVER = {"x": "expert"}
+"""The axis over which a letter in lower case is split, when it is not the tensor axis."""
 
 VERBS = {
     Collective.ALL_REDUCE: "sum",
@@ -50,7 +58,7 @@ VERBS = {
 }
 
 
-Times = Callable[[Move], float | None]
+Times = Callable[[Move | Sends], float | None]
 
 
 def element_bytes(precision: str) -> int:
@@ -97,8 +105,11 @@ class ModelPrinter:
         self.style = Style(
             source=spec,
             cast=precision != "fp32" and plan.zero == 0,
+            # ZeRO leaves experts that one rank alone has as they are stored
+            cast_experts=precision != "fp32" and (plan.zero == 0 or plan.mesh.expert_data == 1),
             full=full,
             comment=self.comment,
+            sent=self.sent,
             placements={n: p.parameters for n, p in lowered.placements.items()},
         )
         self.chain = lowered.whole.instances
@@ -130,6 +141,25 @@ class ModelPrinter:
                 text += f"; backward: {VERBS[backward]}"
         return (text,)
 
+    def sent(self, node: fx.Node) -> tuple[str, ...]:
+        """Of an operator that sends by itself."""
+        lines = []
+        for one in sent_by(node, shapes_of(node)):
+            ranks = getattr(self.plan.mesh, one.axis)
+            elements = one.elements_forward or one.elements_backward
+            if one.kind is Collective.ALL_TO_ALL:
+                elements //= ranks
+            size = in_bytes(one.count * elements * element_bytes(self.precision))
+            time_s = self.times(one)
+            cost = size if time_s is None else f"{size}, {time_s * 1e3:.3g} ms predicted"
+            text = f"{VERBS[one.kind]} over {one.axis}: {cost}"
+            if not one.elements_forward:
+                text = f"backward: {VERBS[one.kind]} over {one.axis}, {cost}"
+            elif one.elements_backward:
+                text += f"; backward: {VERBS[one.kind]}"
+            lines.append(text)
+        return tuple(lines)
+
     # -- the file
 
     def _legend(self) -> list[str]:
@@ -154,7 +184,9 @@ class ModelPrinter:
             if letter in LETTERS
         ]
         parts += [
-            f"{letter} {size:,} ({letter.upper()} over tensor)".replace(",", "_")
+            f"{letter} {size:,} ({letter.upper()} over {OVER.get(letter, 'tensor')})".replace(
+                ",", "_"
+            )
             for letter, size in local.items()
         ]
         lines, line = [], "Shapes of one micro-batch on one process:"
@@ -199,7 +231,7 @@ class ModelPrinter:
         for module, names in sorted(by_module.items()):
             text.line(f"from {module} import {', '.join(sorted(names))}")
         text.blank()
-        if self.style.cast:
+        if self.style.cast or (self.style.cast_experts and self.plan.mesh.expert > 1):
             text.line(f"COMPUTE = torch.{_TORCH[self.precision]}  # weights are stored in float32")
         if self.lowered.whole.dropout:
             text.line(f"SEED = {self.seed}")

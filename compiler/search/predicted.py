@@ -142,7 +142,7 @@ def collectives(space: Space, found: Candidate, stages: list[Stage]) -> list[Num
         "shards": mesh.shards * mesh.context,
         "replicas": mesh.replicas,
         "data": mesh.data * mesh.context,
-        "expert_data": mesh.data * mesh.context // mesh.expert,
+        "expert_data": mesh.expert_data,
     }
     for kind, axis, size, often in data.sends:
         counted[kind, axis, sizes[axis], size] += often
