@@ -1,45 +1,39 @@
 """Pipeline schedules as action lists, the words the runtime executes and the simulator plays.
 
-"0F3" forward of micro-batch 3 on stage 0, "0B3" its backward, "0SEND_F3" and "1RECV_F3" what
+"0F3" forward of micro-batch 3 on stage 0, "0B3" its backward, or "0I3" the part of it that makes
+the input's gradient and "0W3" the part that makes the matrices'; "0SEND_F3" and "1RECV_F3" what
 stage 0 gives to stage 1, "1SEND_B3" and "0RECV_B3" its gradient; "0UNSHARD", "0RESHARD" and
 "0REDUCE_GRAD" for data parallelism.
 """
 
 import re
-from enum import StrEnum
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
+from llmspec.compiler.orders import Action, Order, Schedule, order, rank_of, rounds, stages_of
 
-class Schedule(StrEnum):
-    GPIPE = "gpipe"
-    ONE_F_ONE_B = "1f1b"
-
-
-class Action(NamedTuple):
-    """microbatch is None for UNSHARD, RESHARD and REDUCE_GRAD."""
-
-    stage: int
-    kind: str
-    microbatch: int | None = None
-
-    def __str__(self) -> str:
-        return f"{self.stage}{self.kind}{'' if self.microbatch is None else self.microbatch}"
+__all__ = [
+    "Action",
+    "Held",
+    "Schedule",
+    "actions",
+    "held_at_once",
+    "parse_action",
+    "rank_of",
+    "stages_of",
+]
 
 
 def parse_action(word: str) -> Action:
     """Errors: ValueError if the word is not of the form that str(Action) gives."""
-    match = re.fullmatch(r"(\d+)(F|B|SEND_F|RECV_F|SEND_B|RECV_B)(\d+)", word)
+    match = re.fullmatch(r"(\d+)(F|B|I|W|SEND_F|RECV_F|SEND_B|RECV_B)(\d+)", word)
     if match:
         return Action(int(match[1]), match[2], int(match[3]))
     match = re.fullmatch(r"(\d+)(UNSHARD|RESHARD|REDUCE_GRAD)", word)
     if match:
         return Action(int(match[1]), match[2])
     raise ValueError(f"not a pipeline action: {word!r}")
-
-
-def rank_of(schedule: Schedule, stage: int, ranks: int) -> int:
-    """The pipeline rank that runs a stage."""
-    return stage % ranks
 
 
 def actions(
@@ -53,41 +47,17 @@ def actions(
     """
     if stages % ranks:
         raise ValueError(f"{stages} stages do not divide over {ranks} pipeline ranks")
-    if schedule is Schedule.ONE_F_ONE_B and stages != ranks:
-        raise ValueError(f"1f1b has one stage on each rank, not {stages} on {ranks}")
-    compute = {}
-    for rank in range(ranks):
-        match schedule:
-            case Schedule.GPIPE:
-                compute[rank] = gpipe(tuple(range(rank, stages, ranks)), microbatches)
-            case Schedule.ONE_F_ONE_B:
-                compute[rank] = one_f_one_b(rank, stages, microbatches)
-    with_sends = add_sends(compute)
+    # GPipe with several stages on a rank is no plan's, but a good test of the executor
+    if schedule is not Schedule.GPIPE and not schedule.allows(stages // ranks):
+        raise ValueError(f"{schedule} does not take {stages} stages on {ranks} ranks")
+    with_sends = add_sends(order(schedule, stages, ranks, microbatches))
     return {
         rank: tuple(str(action) for action in add_sharding(own, zero))
         for rank, own in with_sends.items()
     }
 
 
-def gpipe(own_stages: tuple[int, ...], microbatches: int) -> list[Action]:
-    """All forwards, then all backwards, stage by stage."""
-    forwards = [Action(s, "F", m) for s in own_stages for m in range(microbatches)]
-    backwards = [Action(s, "B", m) for s in own_stages[::-1] for m in range(microbatches)]
-    return forwards + backwards
-
-
-def one_f_one_b(stage: int, stages: int, microbatches: int) -> list[Action]:
-    """At most stages - stage forwards in flight; fewer micro-batches than stages are fine."""
-    warmup = min(stages - stage, microbatches)
-    out = [Action(stage, "F", m) for m in range(warmup)]
-    for m in range(microbatches):
-        out.append(Action(stage, "B", m))
-        if warmup + m < microbatches:
-            out.append(Action(stage, "F", warmup + m))
-    return out
-
-
-def add_sends(compute: dict[int, list[Action]]) -> dict[int, list[Action]]:
+def add_sends(compute: Order) -> Order:
     """Play the lists; note each send and its receive at the moment the value is made.
 
     All communication is then in one order of events that every rank follows, so no circle of
@@ -96,7 +66,7 @@ def add_sends(compute: dict[int, list[Action]]) -> dict[int, list[Action]]:
     """
     owner = {action.stage: rank for rank, own in compute.items() for action in own}
     last_stage = max(owner)
-    out: dict[int, list[Action]] = {rank: [] for rank in compute}
+    out: Order = {rank: [] for rank in compute}
     position = dict.fromkeys(compute, 0)
     done: set[Action] = set()
     while any(position[rank] < len(own) for rank, own in compute.items()):
@@ -106,12 +76,17 @@ def add_sends(compute: dict[int, list[Action]]) -> dict[int, list[Action]]:
                 continue
             action = own[position[rank]]
             position[rank] += 1
-            done.add(action)
             out[rank].append(action)
-            to = action.stage + (1 if action.kind == "F" else -1)
+            if action.kind == "W":
+                done.add(action)
+                continue
+            # to the stages before it, a backward is done when its I is
+            made = "F" if action.kind == "F" else "B"
+            done.add(action._replace(kind=made))
+            to = action.stage + (1 if made == "F" else -1)
             if owner.get(to, rank) != rank:
-                out[rank].append(action._replace(kind=f"SEND_{action.kind}"))
-                out[owner[to]].append(Action(to, f"RECV_{action.kind}", action.microbatch))
+                out[rank].append(action._replace(kind=f"SEND_{made}"))
+                out[owner[to]].append(Action(to, f"RECV_{made}", action.microbatch))
         if len(done) == before:
             raise ValueError("the schedule waits for itself")
     return out
@@ -119,7 +94,8 @@ def add_sends(compute: dict[int, list[Action]]) -> dict[int, list[Action]]:
 
 def add_sharding(own: list[Action], zero: int) -> list[Action]:
     """One rank's list with UNSHARD, RESHARD and REDUCE_GRAD where this ZeRO level wants them."""
-    last_backward = {action.stage: action for action in own if action.kind == "B"}
+    # what completes a micro-batch's gradients: B, or W
+    last_backward = {action.stage: action for action in own if action.kind in ("B", "W")}
     out: list[Action] = []
     gathered: set[int] = set()
     for action in own:
@@ -129,7 +105,7 @@ def add_sharding(own: list[Action], zero: int) -> list[Action]:
             out.append(Action(stage, "UNSHARD"))
         out.append(action)
         is_last = action == last_backward[stage]
-        if action.kind == "B" and (zero >= 2 or is_last):
+        if action.kind in ("B", "W") and (zero >= 2 or is_last):
             out.append(Action(stage, "REDUCE_GRAD"))
         if whole and is_last:
             out.append(Action(stage, "RESHARD"))
@@ -137,8 +113,66 @@ def add_sharding(own: list[Action], zero: int) -> list[Action]:
 
 
 def _inputs(action: Action, last_stage: int) -> set[Action]:
+    """What must be done before, a backward's I counting as its B."""
     stage, kind, m = action
     if kind == "F":
         return {Action(stage - 1, "F", m)} if stage else set()
+    if kind == "W":
+        return {Action(stage, "B", m)}
     after = {Action(stage + 1, "B", m)} if stage < last_stage else set()
     return {Action(stage, "F", m)} | after
+
+
+# --------------------------------------------------------------------------------------------------
+# What is in flight
+
+
+class Held(NamedTuple):
+    """Micro-batches that a rank holds at one moment, for each of its stages in the chain's order.
+
+    forwards: whose backward has not begun. late: between I and W.
+    """
+
+    forwards: tuple[int, ...]
+    late: tuple[int, ...]
+
+
+@lru_cache(maxsize=4096)
+def held_at_once(
+    schedule: Schedule, stages: int, ranks: int, microbatches: int
+) -> tuple[tuple[Held, ...], ...]:
+    """By rank: the moments that no other moment of the step exceeds in every number."""
+    if schedule is Schedule.GPIPE:
+        return ((Held((microbatches,), (0,)),),) * ranks
+    lists = order(schedule, stages, ranks, _representative(schedule, ranks, microbatches))
+    return tuple(
+        _moments(lists[rank], stages_of(schedule, rank, stages, ranks)) for rank in range(ranks)
+    )
+
+
+def _representative(schedule: Schedule, ranks: int, microbatches: int) -> int:
+    """Fewer micro-batches, with which as many are in flight: after the warm-up, it stays."""
+    if schedule in (Schedule.INTERLEAVED, Schedule.ZERO_BUBBLE):
+        sizes = rounds(microbatches, ranks)
+        if sizes[-1] != ranks:
+            return microbatches
+        larger, least = min(sizes.count(ranks + 1), 4), min(sizes.count(ranks), 4)
+        return larger * (ranks + 1) + least * ranks
+    return min(microbatches, 4 * ranks)
+
+
+def _moments(own: Sequence[Action], stages: tuple[int, ...]) -> tuple[Held, ...]:
+    at = {stage: i for i, stage in enumerate(stages)}
+    forwards, late = [0] * len(stages), [0] * len(stages)
+    seen: dict[Held, None] = {}
+    for action in own:
+        index = at[action.stage]
+        forwards[index] += {"F": 1, "B": -1, "I": -1}.get(action.kind, 0)
+        late[index] += {"I": 1, "W": -1}.get(action.kind, 0)
+        seen[Held(tuple(forwards), tuple(late))] = None
+    return tuple(h for h in seen if not any(_exceeds(other, h) for other in seen if other != h))
+
+
+def _exceeds(one: Held, other: Held) -> bool:
+    pairs = zip((*one.forwards, *one.late), (*other.forwards, *other.late), strict=True)
+    return all(a >= b for a, b in pairs)

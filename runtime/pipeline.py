@@ -1,4 +1,5 @@
-"""Plays a pipeline rank's action list: forwards, backwards and the sends between them.
+"""Plays a pipeline rank's action list: forwards, backwards (whole, or in two parts) and the sends
+between them.
 
 torch.distributed.pipelining reads the same words, but its stages replace FSDP2's settings with
 their own (whole gradients, parameters gathered until the step ends), so that `zero` would silently
@@ -19,14 +20,16 @@ from torch import Tensor, nn
 
 from .gradients import Turn, local_gradient
 from .mesh import Mesh
+from .split_backward import Product, splitting
 
-_WORD = re.compile(r"(\d+)(UNSHARD|RESHARD|REDUCE_GRAD|(?:SEND_|RECV_)?[FB])(\d*)")
+_WORD = re.compile(r"(\d+)(UNSHARD|RESHARD|REDUCE_GRAD|(?:SEND_|RECV_)?[FB]|[IW])(\d*)")
 
 
 class Gradients(Protocol):
     """ReplicatedGradients or ShardedGradients of one stage."""
 
     def before_microbatch(self, micro: Any) -> None: ...
+    def weights(self, products: list[Product]) -> None: ...
     def finish(self) -> None: ...
     def zero(self) -> None: ...
     def gather(self) -> None: ...
@@ -59,6 +62,7 @@ class _Step:
     inputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     outputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     gradients: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    late: dict[tuple[int, int], list[Product]] = field(default_factory=dict)
     arrivals: dict[Action, list[Any]] = field(default_factory=dict)
     sends: list[Any] = field(default_factory=list)
 
@@ -89,6 +93,7 @@ class Executor:
         self.last_stage = max(self.owner)
         self.actions = lists[mesh.pipeline.rank]
         self.turns = _turns(self.actions)
+        self.split = {(a.stage, a.microbatch) for a in self.actions if a.kind == "I"}
         own = {stage for stage, rank in self.owner.items() if rank == mesh.pipeline.rank}
         assert own == set(stages) == set(gradients), f"the lists give this rank stages {own}"
         if mesh.device.type == "cuda" and mesh.pipeline.size > 1:
@@ -135,8 +140,10 @@ class Executor:
                 case "F":
                     part = self._forward(step, action)
                     loss = loss if part is None else loss + part
-                case "B":
+                case "B" | "I":
                     self._backward(step, action)
+                case "W":
+                    self._weights(step, action)
                 case "SEND_F":
                     value = step.outputs[action.stage, action.microbatch].detach()
                     self._send(step, value, to=action.stage + 1)
@@ -166,7 +173,10 @@ class Executor:
         else:
             self._wait(step, Action(stage, "RECV_F", m))
             x = step.inputs[stage, m].requires_grad_(step.train)
-        out = self.stages[stage](x, micro.targets_BT, micro.samples_B)
+        if step.train and (stage, m) in self.split:
+            step.late[stage, m] = []
+        with splitting(step.late.get((stage, m))):
+            out = self.stages[stage](x, micro.targets_BT, micro.samples_B)
         if not step.train:
             step.inputs.pop((stage, m), None)
         is_last = stage == self.last_stage
@@ -183,11 +193,17 @@ class Executor:
         self._wait(step, Action(stage, "RECV_B", m))
         self.gradients[stage].before_microbatch(self.turns[action])
         out = step.outputs.pop((stage, m))
-        torch.autograd.backward(out, step.gradients.pop((stage + 1, m), None))
+        with splitting(step.late.get((stage, m))):
+            torch.autograd.backward(out, step.gradients.pop((stage + 1, m), None))
         if stage:
             gradient = step.inputs.pop((stage, m)).grad
             assert gradient is not None, f"stage {stage} does not use its input"
             step.gradients[stage, m] = gradient
+
+    def _weights(self, step: _Step, action: Action) -> None:
+        gradients = self.gradients[action.stage]
+        gradients.before_microbatch(self.turns[action])
+        gradients.weights(step.late.pop((action.stage, action.microbatch)))
 
     def _send(self, step: _Step, value: Tensor, *, to: int) -> None:
         # works hold their tensors: drop those that have left
@@ -249,16 +265,17 @@ def _parse(word: str) -> Action:
 
 
 def _turns(actions: list[Action]) -> dict[Action, Turn]:
-    """For each backward of a rank's list."""
-    turns = {}
+    """For each backward of a rank's list, and each part of one."""
+    # first: the executor zeroes gradients before the first forward
+    turns = {a: Turn(first=False, last=False, reduce=False) for a in actions if a.kind == "I"}
     for stage in {a.stage for a in actions}:
-        own = [a for a in actions if a.stage == stage and a.kind in ("B", "REDUCE_GRAD")]
-        backwards = [a for a in own if a.kind == "B"]
+        own = [a for a in actions if a.stage == stage and a.kind in ("B", "W", "REDUCE_GRAD")]
+        ends = [a for a in own if a.kind != "REDUCE_GRAD"]
         for a, after in zip_longest(own, own[1:]):
-            if a.kind == "B":
+            if a.kind != "REDUCE_GRAD":
                 turns[a] = Turn(
-                    first=False,  # the executor zeroes gradients before the first forward
-                    last=a == backwards[-1],
+                    first=False,
+                    last=a == ends[-1],
                     reduce=after is not None and after.kind == "REDUCE_GRAD",
                 )
     return turns

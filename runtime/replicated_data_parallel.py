@@ -1,5 +1,6 @@
 """ZeRO 0: every data rank keeps whole gradients; their sums overlap with the backward."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from .gradients import Turn, local_gradient, partial_parameters, sum_over
 from .mesh import Axis, Mesh
 from .parameters import is_expert
+from .split_backward import Product
 
 # Large enough to use the links, small enough for the first sums to start early: on two processes
 # over Gloo, buckets of a sixth of a 13 MB model beat a single one by a tenth of the step.
@@ -62,6 +64,14 @@ class ReplicatedGradients:
             self._make_buckets()
         for bucket in self.buckets:
             bucket.missing = len(bucket.parameters)
+
+    def weights(self, products: list[Product]) -> None:
+        """The second part of a split backward; no other gradients of this turn are to come."""
+        coming = Counter(product.parameter() for product in products)
+        for bucket in self.buckets:
+            bucket.missing = sum(coming[p] for p in bucket.parameters)
+        while products:
+            products.pop(0).run()
 
     def finish(self) -> None:
         """Gradients are whole sums after this."""

@@ -6,6 +6,7 @@ an all-reduce of the scattered part. Experts that the expert ranks have split ar
 own inside those, sharded over all the ranks that hold the same ones.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -23,9 +24,11 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard
 
 from . import host
+from .fsdp_internals import finish_backward, reduce_unit, units_by_parameter
 from .gradients import partial_parameters, sum_over
 from .mesh import Mesh
 from .parameters import is_expert, traits
+from .split_backward import Product
 
 
 class ShardedGradients:
@@ -102,6 +105,19 @@ class ShardedGradients:
         # replicas: parts are summed over the shards each time, over the replicas once
         root.set_requires_all_reduce(micro.last)
         root.set_reshard_after_backward(micro.last or self.level == 3)
+
+    def weights(self, products: list[Product]) -> None:
+        """The second part of a split backward, each unit reduced when its gradients are whole."""
+        units = units_by_parameter(self.model)
+        # None: weights that no other rank has are no unit's
+        of_product = [units.get(product.parameter()) for product in products]
+        left = Counter(map(id, of_product))
+        for unit in of_product:
+            products.pop(0).run()
+            left[id(unit)] -= 1
+            if unit is not None and not left[id(unit)]:
+                reduce_unit(unit)
+        finish_backward(self.model)
 
     def finish(self) -> None:
         """Gradients are whole sums (of this rank's part) after this."""

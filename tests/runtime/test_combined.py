@@ -116,7 +116,8 @@ def _cases(rank: int, sizes: dict[str, int], zeros, schedules, microbatches) -> 
             ) from error
 
 
-GPIPE, BOTH = [Schedule.GPIPE], list(Schedule)
+GPIPE, BOTH = [Schedule.GPIPE], [Schedule.GPIPE, Schedule.ONE_F_ONE_B]
+SPLIT = [Schedule.ZERO_BUBBLE]
 
 
 @pytest.mark.parametrize(
@@ -133,11 +134,16 @@ GPIPE, BOTH = [Schedule.GPIPE], list(Schedule)
         ({"tensor": 4}, [0], GPIPE, [2]),
         ({"pipeline": 4}, [0], BOTH, [1, 2, 4]),
         ({"pipeline": 2, "shards": 2}, [0, 1, 2, 3], BOTH, [1, 2, 4]),
+        ({"pipeline": 2, "shards": 2}, [0, 1, 2, 3], SPLIT, [1, 4]),
         # the middle stage has layers and nothing else
         ({"pipeline": 3, "shards": 2}, [1, 2, 3], BOTH[1:], [2]),
         ({"pipeline": 2, "shards": 2, "tensor": 2}, [0, 1, 2, 3], BOTH, [2]),
         pytest.param(
-            *({"pipeline": 2, "shards": 2, "tensor": 2}, [0, 1, 2, 3], BOTH, [1, 4]),
+            *({"pipeline": 2, "shards": 2, "tensor": 2}, [0, 1, 2, 3], BOTH + SPLIT, [1, 4]),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            *({"pipeline": 2, "replicas": 2, "shards": 2}, [0, 1, 2, 3], BOTH + SPLIT, [3]),
             marks=pytest.mark.long,
         ),
     ],

@@ -21,6 +21,7 @@ from llmspec.runtime.mesh import Mesh
 from llmspec.runtime.norms import rms_norm
 from llmspec.runtime.parameters import Group, local, parameter
 from llmspec.runtime.random import dropout
+from llmspec.runtime.split_backward import linear
 
 V, D, T, H, E, WIDE, LAYERS = 13, 8, 4, 4, 2, 10, 3  # V splits unevenly over 2 ranks
 SEED = 5
@@ -70,11 +71,11 @@ class Block(nn.Module):
         normed_BtD = rms_norm(x_BtD, local(self.norm.weight), 1e-6)
         normed_BTD = all_gather(normed_BtD, 1, self.tensor)
         heads = [
-            F.linear(normed_BTD, local(part.weight)).unflatten(-1, (-1, E)).transpose(1, 2)
+            linear(normed_BTD, local(part.weight)).unflatten(-1, (-1, E)).transpose(1, 2)
             for part in (self.q, self.k, self.v)
         ]
         mixed_BhTE = F.scaled_dot_product_attention(*heads, is_causal=True)
-        partial_BTD = F.linear(mixed_BhTE.transpose(1, 2).flatten(2), local(self.o.weight))
+        partial_BTD = linear(mixed_BhTE.transpose(1, 2).flatten(2), local(self.o.weight))
         out_BtD = reduce_scatter(partial_BTD, 1, self.tensor) + local(self.o.bias)
         t = T // self.tensor.size
         x_BtD = x_BtD + dropout(
@@ -88,8 +89,8 @@ class Block(nn.Module):
             training=self.training,
         )
         x_BTD = all_gather(x_BtD, 1, self.tensor)
-        wide_BTw = F.gelu(F.linear(x_BTD, local(self.up.weight), local(self.up.bias)))
-        partial_BTD = F.linear(wide_BTw, local(self.down.weight))
+        wide_BTw = F.gelu(linear(x_BTD, local(self.up.weight), local(self.up.bias)))
+        partial_BTD = linear(wide_BTw, local(self.down.weight))
         return x_BtD + reduce_scatter(partial_BTD, 1, self.tensor)
 
 
@@ -122,7 +123,7 @@ class Stage(nn.Module):
         if not self.last:
             return x
         normed_BTD = all_gather(rms_norm(x, local(self.norm.weight), 1e-6), 1, self.tensor)
-        logits_BTv = F.linear(normed_BTD, local(self.embed.weight))
+        logits_BTv = linear(normed_BTD, local(self.embed.weight))
         return vocabulary_parallel_cross_entropy_sum(logits_BTv, targets_BT, V, self.tensor)
 
 

@@ -11,7 +11,7 @@ from llmspec.compiler.schedules import Schedule, actions
 EVEN = [(1.0, 2.0)] * 4
 
 
-@pytest.mark.parametrize("schedule", list(Schedule))
+@pytest.mark.parametrize("schedule", [Schedule.GPIPE, Schedule.ONE_F_ONE_B])
 @pytest.mark.parametrize("microbatches", [1, 2, 4, 9])
 def test_equal_stages_take_the_closed_form(schedule, microbatches):
     lists = actions(schedule, 4, 4, microbatches, 0)
@@ -22,7 +22,7 @@ def test_equal_stages_take_the_closed_form(schedule, microbatches):
 
 @settings(deadline=None, max_examples=40)
 @given(
-    st.sampled_from(list(Schedule)),
+    st.sampled_from([Schedule.GPIPE, Schedule.ONE_F_ONE_B]),
     st.lists(st.tuples(st.floats(0.1, 3), st.floats(0.1, 5)), min_size=2, max_size=5),
     st.integers(1, 6),
     st.floats(0, 1),
