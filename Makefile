@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test test-all lint clean
+.PHONY: install train test test-all lint validate clean
 
 install: $(STAMP)
 
@@ -27,6 +27,9 @@ test: lint
 
 test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+validate: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.validate
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,202 @@
+"""Predictions and rows in, `docs/validation.md` out."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from bench.validation.price import Priced
+from bench.validation.profiles import PROFILES
+from bench.validation.rows import FAMILIES, Row
+
+FEWEST_PLANS = 4
+"""Plans of one model that a rank correlation needs."""
+
+GIB = 2**30
+
+HEAD = """# Validation: predictions against published runs
+
+Steps that other people measured and published, priced by this compiler: the same model, devices,
+batch and plan. Nothing is fitted to single rows. `make validate` writes this page again (two
+minutes, no GPU); what the data are, and what a profile is, stands in
+[bench/validation](../bench/validation/README.md).
+
+*Error* is |predicted / published - 1|. A published step is printed by the source, or follows from
+its tokens/s or FLOP/s. Memory is compared with the middle of what the printed number may mean: an
+unqualified "GB" is 10⁹ or 2³⁰ bytes.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    row: Row
+    priced: Priced
+
+    @property
+    def ratio(self) -> float | None:
+        """Predicted over published step."""
+        if self.priced.step_s is None or self.row.step_s is None:
+            return None
+        return self.priced.step_s / self.row.step_s
+
+    @property
+    def memory_ratio(self) -> float | None:
+        if self.priced.peak_bytes is None or self.row.peak_gib is None:
+            return None
+        return self.priced.peak_bytes / GIB / (sum(self.row.peak_gib) / 2)
+
+    @property
+    def reason(self) -> str | None:
+        """Why there is no comparison of times."""
+        if self.priced.reason is None and self.row.step_s is None:
+            return "the source has no time"
+        return self.priced.reason
+
+    @property
+    def rejected(self) -> bool:
+        """The published plan ran, and we would say that it does not fit."""
+        priced = self.priced
+        return None not in (priced.peak_bytes, priced.usable_bytes) and (
+            (priced.peak_bytes or 0) > (priced.usable_bytes or 0)
+        )
+
+
+def compare(rows: Sequence[Row], priced: Mapping[str, Priced]) -> list[Compared]:
+    return [Compared(row, priced[row.id]) for row in rows]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The nearest rank from above."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def spearman(pairs: Sequence[tuple[float, float]]) -> float:
+    """Pearson's correlation of the ranks; ties share their mean rank."""
+    first, second = (_ranks([p[i] for p in pairs]) for i in (0, 1))
+    return statistics.correlation(first, second)
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    ordered = sorted(values)
+    return [ordered.index(v) + (ordered.count(v) - 1) / 2 for v in values]
+
+
+def by_family(compared: Iterable[Compared]) -> dict[str, list[Compared]]:
+    found: dict[str, list[Compared]] = {name: [] for name in FAMILIES.values()}
+    for one in compared:
+        found[one.row.family].append(one)
+    return {name: ones for name, ones in found.items() if ones}
+
+
+def render(compared: Sequence[Compared]) -> str:
+    parts = [HEAD, _summary(compared), _orders(compared), _profiles(), _rejected(compared)]
+    return "\n".join([*parts, _unpriced(compared), _every(compared)])
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _statistics(name: str, ones: Sequence[Compared]) -> list[str]:
+    ratios = [r for o in ones if (r := o.ratio) is not None]
+    memory = [abs(m - 1) for o in ones if (m := o.memory_ratio) is not None]
+    cells = [name, str(len(ones)), str(len(ratios))]
+    if ratios:
+        errors = [abs(r - 1) for r in ratios]
+        cells += [_percent(statistics.median(errors)), _percent(percentile(errors, 0.9))]
+        cells.append(f"{statistics.median(ratios):.2f}")
+    else:
+        cells += ["", "", ""]
+    cells += [str(len(memory)), _percent(statistics.median(memory))] if memory else ["", ""]
+    return cells
+
+
+def _summary(compared: Sequence[Compared]) -> str:
+    rows = [_statistics(name, ones) for name, ones in by_family(compared).items()]
+    head = ("source", "rows", "priced", "median error", "90th percentile")
+    last = ("median of predicted/published", "with memory", "median error of memory")
+    return "## By source\n\n" + _table((*head, *last), [*rows, _statistics("**all**", compared)])
+
+
+def _orders(compared: Sequence[Compared]) -> str:
+    groups: dict[tuple[object, ...], list[Compared]] = {}
+    for one in compared:
+        if one.ratio is not None:
+            groups.setdefault(one.row.model_key, []).append(one)
+    rows = []
+    for ones in groups.values():
+        plans = {tuple(sorted((k, str(v)) for k, v in o.row.plan.items())) for o in ones}
+        if len(plans) < FEWEST_PLANS:
+            continue
+        pairs = [(o.priced.step_s or 0.0, o.row.step_s or 0.0) for o in ones]
+        row = ones[0].row
+        what = f"{row.model['family']}, batch {row.batch}, {row.gpus} × {row.gpu}"
+        rows.append([row.family, what, str(len(ones)), f"{spearman(pairs):.2f}"])
+    text = "## Order of plans\n\nSpearman's rank correlation of predicted and published steps, "
+    text += "where a source runs one model, batch and cluster under several plans.\n\n"
+    return text + _table(("source", "model", "runs", "correlation"), rows)
+
+
+def _profiles() -> str:
+    lines = ["## What the software did", ""]
+    for profile in dict.fromkeys(PROFILES.values()):
+        names = ", ".join(n for n, p in PROFILES.items() if p is profile)
+        lines.append(f"- **{names}**: {'; '.join(profile.why)}.")
+    return "\n".join(lines) + "\n"
+
+
+def _rejected(compared: Sequence[Compared]) -> str:
+    rows = [
+        [
+            f"`{o.row.id}`",
+            f"{(o.priced.peak_bytes or 0) / GIB:.1f}",
+            f"{(o.priced.usable_bytes or 0) / GIB:.1f}",
+            _gib(o.row),
+        ]
+        for o in compared
+        if o.rejected
+    ]
+    text = "## Plans that ran, and that we would reject\n\nGiB.\n\n"
+    return text + _table(("run", "predicted peak", "usable", "published peak"), rows)
+
+
+def _gib(row: Row) -> str:
+    if row.peak_gib is None:
+        return ""
+    low, high = (f"{v:.1f}" for v in row.peak_gib)
+    return low if low == high else f"{low} to {high}"
+
+
+def _unpriced(compared: Sequence[Compared]) -> str:
+    rows = [[f"`{o.row.id}`", o.reason] for o in compared if o.reason is not None]
+    return "## Runs without a comparison\n\n" + _table(("run", "reason"), rows)
+
+
+def _every(compared: Sequence[Compared]) -> str:
+    lines = ["## Every run", "", "Seconds, and GiB."]
+    head = ("run", "predicted", "published", "error", "from", "memory", "published memory")
+    for name, ones in by_family(compared).items():
+        source = ones[0].row
+        lines += ["", f"### {name}", "", f"{source.source}. {_link(source)}", ""]
+        rows = []
+        for one in ones:
+            if one.ratio is None:
+                continue
+            row, priced = one.row, one.priced
+            error = f"{100 * (one.ratio - 1):+.1f} %"
+            step = [f"{priced.step_s:.4g}", f"{row.step_s:.4g}", error, row.step_from or ""]
+            peak = f"{(priced.peak_bytes or 0) / GIB:.1f}"
+            rows.append([f"`{row.id}`", *step, peak, _gib(row)])
+        lines.append(_table(head, rows).rstrip("\n"))
+    return "\n".join(lines) + "\n"
+
+
+def _link(row: Row) -> str:
+    return f"[{row.url.partition('//')[2].partition('/')[0]}]({row.url})"

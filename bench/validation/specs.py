@@ -1,0 +1,89 @@
+"""A published run in, its spec out: the same model, devices and batch, its plan pinned."""
+
+from __future__ import annotations
+
+from bench.validation.profiles import Profile
+from bench.validation.rows import NETWORK_GBITS, Row
+
+
+class Missing(Exception):
+    """What a run has and the language does not."""
+
+
+def spec_text(row: Row, profile: Profile) -> str:
+    """Errors: Missing."""
+    inside, nodes = row.nodes
+    gbits = NETWORK_GBITS.get(row.interconnect)
+    network = f"; network = {gbits} Gb/s per gpu" if gbits and nodes > 1 else ""
+    pack = _pack(row, profile)
+    return f"""{_model(row, profile, pack)}
+cluster c {{ node = {inside} * gpu("{row.gpu}"); nodes = {nodes}{network} }}
+train t {{
+    model = m; cluster = c; dataset = synthetic(); steps = 10
+    batch = {row.batch // pack} sequences
+    optimizer = adamw; precision = {_precision(row)}
+}}
+plan {{ {"; ".join(pins(row, pack))} }}
+"""
+
+
+def _pack(row: Row, profile: Profile) -> int:
+    return row.ranks("microbatch") if profile.packed else 1
+
+
+def _model(row: Row, profile: Profile, pack: int) -> str:
+    if "experts" in row.model:
+        raise Missing("multi-head latent attention and experts")
+    tokens = row.size("seq_len") * pack
+    sizes = f"vocab = {row.size('vocab')}; context = {tokens}; width = {row.size('hidden')}"
+    heads = f"heads={row.size('heads')}, kv_heads={row.size('kv_heads')}, causal"
+    ffn = f"ffn={row.size('ffn')}"
+    if profile.family == "llama":
+        attention, mlp = f"attention(n, {heads}, rope=10_000)", f"swiglu(n, {ffn})"
+        norm, ends = "rmsnorm", ("embed", "unembed")
+    else:
+        bias = ", bias" if profile.bias else ""
+        square = ", explicit" if profile.explicit else ""
+        attention = f"attention(n, {heads}{bias}{square})"
+        mlp = f"mlp(n, {ffn}, activation=gelu_tanh{bias})"
+        norm, ends = "layernorm", ("embed(positions=learned)", "unembed(tied)")
+    options = "" if norm == "rmsnorm" or profile.bias else "bias=false"
+    x = f"{norm}(x, {options})" if options else f"{norm}(x)"
+    normed = f"{norm}({options})" if options else norm
+    drop = f", {profile.dropout})" if profile.dropout else ""
+    dropped = "dropout(" if profile.dropout else ""
+    into = f" -> dropout({profile.dropout})" if profile.dropout else ""
+    return f"""model m {{
+    {sizes}
+    block layer(x) {{
+        x = x + {dropped}{attention.replace("(n,", f"({x},", 1)}{drop}
+        x = x + {dropped}{mlp.replace("(n,", f"({x},", 1)}{drop}
+    }}
+    tokens -> {ends[0]}{into} -> layer * {row.size("layers")} -> {normed} -> {ends[1]}
+}}"""
+
+
+def _precision(row: Row) -> str:
+    words = row.plan.get("precision")
+    if words == "fp8":
+        raise Missing("precision `fp8`")
+    return "bf16"
+
+
+def pins(row: Row, pack: int = 1) -> list[str]:
+    """The published plan, and nothing left open but what the source does not say."""
+    plan = row.plan
+    # on one data rank there is nothing to shard
+    zero = plan["zero"] if row.ranks("data") * row.ranks("context") > 1 else 0
+    found = [f"{axis} = {row.ranks(axis)}" for axis in ("data", "tensor", "pipeline")]
+    found += [f"zero = {zero}", f"microbatch = {row.ranks('microbatch') // pack}"]
+    if row.ranks("tensor") > 1:
+        found.append(f"sequence = {'on' if plan.get('sequence') else 'off'}")
+    if row.ranks("pipeline") > 1:
+        found.append("schedule = " + ("interleaved" if row.ranks("interleave") > 1 else "1f1b"))
+    for key in ("context", "expert", "interleave"):
+        if row.ranks(key) > 1:
+            found.append(f"{key} = {row.ranks(key)}")
+    if zero and row.ranks("data") > 1:
+        found.append(f"shard = {plan.get('shard', row.ranks('data'))}")
+    return [*found, f"recompute = {plan['recompute']}"]

@@ -1,0 +1,82 @@
+"""Published runs: their rows parse, become specs that the compiler prices, and make the page."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.validate import PAGE, RESULTS, chosen, from_json, to_json
+from bench.validation.page import by_family, compare, percentile, render, spearman
+from bench.validation.price import price
+from bench.validation.profiles import PROFILES, profile_of
+from bench.validation.rows import FAMILIES, read_rows
+from bench.validation.specs import spec_text
+
+ROWS = {row.id: row for row in read_rows()}
+
+
+def test_rows() -> None:
+    assert len(ROWS) == 215
+    assert {row.family for row in ROWS.values()} == set(FAMILIES.values()) == set(PROFILES)
+    for row in ROWS.values():
+        axes = ("data", "tensor", "pipeline", "context")
+        ranks = [row.ranks(axis) for axis in axes]
+        assert ranks[0] * ranks[1] * ranks[2] * ranks[3] == row.gpus, row.id
+        assert row.batch % (row.ranks("data") * row.ranks("microbatch")) == 0, row.id
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "megatron2020-a100-2B-tp2",
+        "sc21-t1-1.7B",
+        "llmfoundry-214-mpt125m-s2048-8xa100_40gb",
+        "llmc-350M",
+        "internevo-7b-packed-ckpttrue-8gpu-mb8x1",
+    ],
+)
+def test_price(name: str) -> None:
+    """In seconds, of the right order: exact numbers are the page's."""
+    made = price(ROWS[name])
+    assert made.reason is None and made.step_s is not None
+    assert 0.3 < made.step_s / (ROWS[name].step_s or 1) < 3
+    assert sum(made.time_s.values()) == pytest.approx(made.step_s)
+    assert sum(made.memory_bytes.values()) == made.peak_bytes
+
+
+def test_reasons() -> None:
+    """What the language lacks is said, not guessed."""
+    moe = "simumax-b200-deepseekv2_tp1_ep8_pp1_dp8_l4_mbc4"
+    assert "latent attention" in (price(ROWS[moe]).reason or "")
+
+
+def test_pins_are_the_published_plan() -> None:
+    row = ROWS["bigscience-L609-181B-dp4tp8pp12mbs4gbs2048"]
+    pins = "plan { data = 4; tensor = 8; pipeline = 12; zero = 1; microbatch = 4; sequence = off; "
+    pins += "schedule = 1f1b; shard = 4; recompute = full }"
+    assert pins in spec_text(row, profile_of(row))
+
+
+def test_page_follows_from_the_results() -> None:
+    """`make validate` writes both; one that is edited or forgotten shows here."""
+    text = RESULTS.read_text()
+    results = from_json(text)
+    assert to_json(results.values()) == text
+    assert render(compare(list(ROWS.values()), results)) == PAGE.read_text()
+
+
+def test_statistics() -> None:
+    assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert percentile([1.0, 2.0], 0.9) == 2.0
+    assert spearman([(1.0, 10.0), (2.0, 20.0), (3.0, 30.0)]) == 1.0
+    assert spearman([(1.0, 3.0), (2.0, 2.0), (3.0, 1.0)]) == -1.0
+    assert spearman([(1.0, 1.0), (1.0, 2.0), (2.0, 3.0)]) == pytest.approx(0.866, abs=1e-3)
+
+
+def test_chosen_rows() -> None:
+    assert {r.family for r in chosen(ROWS.values(), "llm.c")} == {"llm.c"}
+    grouped = by_family(compare(chosen(ROWS.values(), "Alpa"), {"alpa-gpt2.6B-8v100": price_of()}))
+    assert list(grouped) == ["Alpa"]
+
+
+def price_of():  # type: ignore[no-untyped-def]
+    return from_json(RESULTS.read_text())["alpa-gpt2.6B-8v100"]
