@@ -10,12 +10,17 @@ node carries in `meta`:
     label    the name a reader would give the value ("q")
     scope    the path of operator instances it belongs to: ("attention",)
     span     where the spec (or the user's Python file) says so
+    integer  whether it holds whole numbers: ids, choices, counts
 
 and a `get_attr` node besides: `parameter`, a Parameter.
+
+A value whose dims begin with R has rows first, one for each expert that a token is sent to. Their
+number is known only while a program runs, and the shape's is the one that all tokens together make.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -46,8 +51,20 @@ class Init:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Buffer:
+    """What makes a parameter a state that is no weight: no gradient, no optimizer, never split.
+
+    kept: part of checkpoints. integer: it counts. rate: how far each step moves it.
+    """
+
+    kept: bool = True
+    integer: bool = False
+    rate: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
-    """A weight of a unit.
+    """A weight of a unit, or a buffer.
 
     path: within the unit (`attention.q`); the full name is the instance's prefix and this.
     shape: as stored and checkpointed, a stack of fused weights apart: [3, O, I].
@@ -57,6 +74,7 @@ class Parameter:
     source_shape: the shape in the model it came from, when that differs (a fused weight as [3·O,
         I]).
     expert_ranks: over how many ranks its first dimension, experts, is split.
+    picks: of a stack of experts' weights [X, …], how many of them one token uses.
     """
 
     path: str
@@ -67,11 +85,19 @@ class Parameter:
     tied: str | None = None
     source_shape: tuple[int, ...] | None = None
     expert_ranks: int = 1
+    picks: int | None = None
+    buffer: Buffer | None = None
 
     @property
     def held_shape(self) -> tuple[int, ...]:
         """Of what one expert rank has."""
         return (self.shape[0] // self.expert_ranks, *self.shape[1:]) if self.shape else ()
+
+    @property
+    def active_elements(self) -> int:
+        """Of those that one token runs through."""
+        whole = math.prod(self.shape)
+        return whole if self.picks is None else whole * self.picks // self.shape[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -97,6 +123,10 @@ class Unit:
 
     def calls(self) -> list[fx.Node]:
         return [n for n in self.graph.nodes if n.op == "call_function"]
+
+    def weights(self) -> dict[str, Parameter]:
+        """The parameters that are no buffers, by path."""
+        return {path: p for path, p in self.parameters.items() if p.buffer is None}
 
     def output(self) -> fx.Node:
         return next(iter(reversed(self.graph.nodes)))
@@ -137,11 +167,11 @@ class ModelGraph:
     replicated: tuple[tuple[str, str], ...] = ()
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """(full name, parameter) of each that is owned, tied uses left out, in the chain's
+        """(full name, parameter) of each weight that is owned, tied uses left out, in the chain's
         order.
         """
         for instance in self.instances:
-            for parameter in self.units[instance.unit].parameters.values():
+            for parameter in self.units[instance.unit].weights().values():
                 if parameter.tied is None:
                     yield instance.full_name(parameter.path), parameter
 
@@ -157,6 +187,26 @@ def meta_dtype(name: str) -> torch.dtype:
     return torch.int64 if name in INTEGER_INPUTS else torch.float32
 
 
+def without_gradient(node: fx.Node) -> bool:
+    """Ids, counters, choices and buffers: no gradient, the same on every tensor rank."""
+    if node.op == "get_attr":
+        return node.meta["parameter"].buffer is not None
+    return bool(node.meta.get("integer")) or (
+        node.op == "placeholder" and str(node.target) in INTEGER_INPUTS
+    )
+
+
+def has_rows(node: fx.Node) -> bool:
+    """Whether the first dimension is rows, and the second one no tokens."""
+    return bool(node.meta.get("dims", "").startswith("R"))
+
+
+def on_meta(weight: Parameter) -> torch.Tensor:
+    integer = weight.buffer is not None and weight.buffer.integer
+    kind = torch.int64 if integer else torch.float32
+    return torch.empty(weight.held_shape, dtype=kind, device="meta")
+
+
 def propagate_shapes(unit: Unit, inputs: dict[str, tuple[int, ...]]) -> None:
     """Fill `meta["shape"]` of every node by running the graph on meta tensors."""
     values: dict[fx.Node, torch.Tensor] = {}
@@ -166,7 +216,7 @@ def propagate_shapes(unit: Unit, inputs: dict[str, tuple[int, ...]]) -> None:
                 name = str(node.target)
                 value = torch.empty(inputs[name], dtype=meta_dtype(name), device="meta")
             case "get_attr":
-                value = torch.empty(node.meta["parameter"].held_shape, device="meta")
+                value = on_meta(node.meta["parameter"])
             case "call_function":
                 args = fx.map_arg(node.args, values.__getitem__)
                 value = node.target(*args, **node.kwargs)  # type: ignore[operator]
@@ -174,6 +224,7 @@ def propagate_shapes(unit: Unit, inputs: dict[str, tuple[int, ...]]) -> None:
                 continue
         values[node] = value
         node.meta["shape"] = tuple(value.shape)
+        node.meta["integer"] = not value.is_floating_point()
 
 
 def input_shapes(unit: Unit, sequences: int, tokens: int) -> dict[str, tuple[int, ...]]:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from llmspec.compiler.graph import Instance, ModelGraph
+from llmspec.compiler.graph import Instance, ModelGraph, Parameter
 from llmspec.compiler.ops.dropout import MASKS
+from llmspec.compiler.ops.routing import AUXILIARY
 
 DROPOUTS_PER_INSTANCE = 1000
 """Dropout operators are numbered 1000 × (instance in the chain) + (number in the unit)."""
@@ -21,13 +22,17 @@ Masks = Callable[[Tensor, float, Tensor, int], Tensor]
 
 class Reference:
     """Runs a ModelGraph on parameters by full name. `masks` draws dropout masks; None: no
-    dropout.
+    dropout. Buffers that are not given are as a run begins.
+
+    auxiliary: the losses of layers inside the model, of the last call of `loss`: sums over tokens
+        too, and not part of what it returns.
     """
 
     def __init__(
         self, graph: ModelGraph, parameters: dict[str, Tensor], masks: Masks | None = None
     ):
         self.graph, self.parameters, self.masks = graph, parameters, masks
+        self.auxiliary: list[Tensor] = []
 
     def _run(self, instance: Instance, index: int, values: dict[str, Tensor]) -> Tensor:
         unit = self.graph.units[instance.unit]
@@ -37,25 +42,31 @@ class Reference:
                 case "placeholder":
                     known[node] = values[str(node.target)]
                 case "get_attr":
-                    weight = node.meta["parameter"]
-                    name = weight.tied or instance.full_name(weight.path)
-                    known[node] = self.parameters[name]
+                    known[node] = self._parameter(instance, node.meta["parameter"])
                 case "call_function":
                     args = torch.fx.map_arg(node.args, known.__getitem__)
                     known[node] = node.target(*args)  # type: ignore[operator]
         return known[unit.result()]
 
+    def _parameter(self, instance: Instance, weight: Parameter) -> Tensor:
+        name = weight.tied or instance.full_name(weight.path)
+        if weight.buffer is None or name in self.parameters:
+            return self.parameters[name]
+        kind = torch.int64 if weight.buffer.integer else torch.float32
+        return torch.full(weight.shape, weight.init.a, dtype=kind)
+
     def loss(self, tokens: Tensor, targets: Tensor, samples: Tensor) -> Tensor:
         """The summed loss of tokens [B, T], targets [B, T], samples [B]."""
-        flow = tokens
+        flow, self.auxiliary = tokens, []
         for index, instance in enumerate(self.graph.instances):
             unit = self.graph.units[instance.unit]
             values = {unit.inputs[0]: flow, "targets": targets, "samples": samples}
-            token = MASKS.set(self._shifted(index))
+            token, losses = MASKS.set(self._shifted(index)), AUXILIARY.set(self.auxiliary)
             try:
                 flow = self._run(instance, index, values)
             finally:
                 MASKS.reset(token)
+                AUXILIARY.reset(losses)
         return flow
 
     def _shifted(self, index: int) -> Masks | None:

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 
 from llmspec.dsl import syntax
 from llmspec.dsl.bodies import MAX_USES, Expressions, Function
+from llmspec.dsl.choices import read_call
 from llmspec.dsl.diagnostics import did_you_mean, fault, listing, shown
 from llmspec.dsl.operators import Given, resolve_options, unknown_option
-from llmspec.dsl.options import OPERATORS, Kind, OperatorRow
+from llmspec.dsl.options import OPERATORS, Kind, OperatorRow, OptionRow
 from llmspec.dsl.program import BlockUse, Operator, Span
 from llmspec.dsl.shapes import Bound, Flow, Shape, Typed, Use
 from llmspec.dsl.values import CONSTANTS, evaluate, no_meaning
@@ -69,7 +70,7 @@ class Body(Expressions):
                 raise unknown_option(row, name, argument.span)
             if name in given:
                 raise fault("E0217", f"`{name}` is given twice", argument.span)
-            given[name] = self.option_value(option.kind, argument)
+            given[name] = self.option_value(option, argument)
         missing = [n for n in row.inputs if n not in inputs]
         if missing:
             raise fault(
@@ -91,7 +92,11 @@ class Body(Expressions):
             return row.positional
         return None
 
-    def option_value(self, kind: Kind, argument: syntax.Argument) -> Given:
+    def option_value(self, option: OptionRow, argument: syntax.Argument) -> Given:
+        kind = option.kind
+        if kind == Kind.CALL and not is_none(argument.value):
+            call = read_call(argument.value, option.calls, option.name, self.lookup)
+            return Given(call, argument.span)
         if argument.name is None and kind in (Kind.FLAG, Kind.TIE):
             return Given(True, argument.span)
         if kind == Kind.TIE and isinstance(argument.value, syntax.Name):
@@ -178,6 +183,10 @@ class Body(Expressions):
             span=function.span,
         )
         return use, shape
+
+
+def is_none(node: syntax.Node) -> bool:
+    return isinstance(node, syntax.Name) and node.text == "none"
 
 
 def output_shape(row: OperatorRow, options: Mapping[str, object]) -> Shape:

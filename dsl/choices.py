@@ -6,13 +6,18 @@ from collections.abc import Iterable
 
 from llmspec.dsl import syntax
 from llmspec.dsl.diagnostics import did_you_mean, fault, listing, shown
-from llmspec.dsl.options import CallRow, OptionRow
+from llmspec.dsl.options import CallRow, Kind, OptionRow
 from llmspec.dsl.program import Call, Option, Span
-from llmspec.dsl.values import convert, evaluate, no_meaning
+from llmspec.dsl.values import Lookup, convert, evaluate, no_meaning, no_names
 
 
-def read_call(node: syntax.Node, rows: Iterable[CallRow], what: str) -> Call:
-    """Errors: Fault for names and options that no row has, and for rows without meaning."""
+def read_call(
+    node: syntax.Node, rows: Iterable[CallRow], what: str, lookup: Lookup = no_names
+) -> Call:
+    """`lookup`: the names that options may be given by.
+
+    Errors: Fault for names and options that no row has, and for rows without meaning.
+    """
     rows = tuple(rows)
     name, arguments = head_of(node, rows, what)
     row = next((r for r in rows if r.name == name), None)
@@ -33,7 +38,7 @@ def read_call(node: syntax.Node, rows: Iterable[CallRow], what: str) -> Call:
     return Call(
         name=name,
         arguments=tuple(free),
-        options=tuple((o.name, resolve(o, given, row, node.span)) for o in row.options),
+        options=tuple((o.name, resolve(o, given, row, node.span, lookup)) for o in row.options),
         span=node.span,
     )
 
@@ -56,7 +61,8 @@ def split(
     given: dict[str, syntax.Argument] = {}
     positional = list(row.positional)
     for argument in arguments:
-        name = argument.name or (positional.pop(0) if positional else None)
+        name = argument.name or flag_named(row, argument)
+        name = name or (positional.pop(0) if positional else None)
         if name is None and row.arguments is not None:
             value = evaluate(argument.value)
             if not isinstance(value, str):
@@ -70,6 +76,13 @@ def split(
             raise fault("E0217", f"`{name}` is given twice", argument.span)
         given[name] = argument
     return free, given
+
+
+def flag_named(row: CallRow, argument: syntax.Argument) -> str | None:
+    if not isinstance(argument.value, syntax.Name):
+        return None
+    option = row.row(argument.value.text)
+    return option.name if option is not None and option.kind == Kind.FLAG else None
 
 
 def unknown_option(row: CallRow, name: str | None, span: Span) -> Exception:
@@ -87,7 +100,11 @@ def unknown_option(row: CallRow, name: str | None, span: Span) -> Exception:
 
 
 def resolve(
-    option: OptionRow, given: dict[str, syntax.Argument], row: CallRow, span: Span
+    option: OptionRow,
+    given: dict[str, syntax.Argument],
+    row: CallRow,
+    span: Span,
+    lookup: Lookup,
 ) -> Option:
     if option.name not in given:
         if option.required:
@@ -96,7 +113,13 @@ def resolve(
         assert not callable(default), "choices have constant defaults"
         return default
     argument = given[option.name]
-    return convert(option, evaluate(argument.value), argument.span, row.name)
+    value = True if flagged(option, argument) else evaluate(argument.value, lookup)
+    return convert(option, value, argument.span, row.name)
+
+
+def flagged(option: OptionRow, argument: syntax.Argument) -> bool:
+    """Whether a bare word is the flag of that name: `mlp(ffn=64, bias)`."""
+    return option.kind == Kind.FLAG and argument.name is None
 
 
 def read_options(

@@ -9,7 +9,7 @@ from llmspec.dsl import syntax
 from llmspec.dsl.bodies import Function, Poisoned
 from llmspec.dsl.diagnostics import Diagnostic, Fault, did_you_mean, fault, listing, shown
 from llmspec.dsl.model_bodies import BlockBody, ModelBody
-from llmspec.dsl.operators import Given
+from llmspec.dsl.operators import Given, Options
 from llmspec.dsl.options import INPUTS, MEASURES, OPERATORS
 from llmspec.dsl.parameters import count_uses
 from llmspec.dsl.program import (
@@ -48,7 +48,7 @@ class Elaboration:
         self.let_names: list[str] = []
         self.made: dict[object, tuple[Block, Shape]] = {}
         self.active: list[str] = []
-        self.embeds: dict[str, dict[str, Option]] = {}
+        self.embeds: dict[str, Options] = {}
         self.ties: list[tuple[str, Option, Option, Span]] = []
 
     @contextmanager
@@ -206,10 +206,10 @@ class Elaboration:
 
     # Ties
 
-    def note_embed(self, name: str, options: dict[str, Option]) -> None:
+    def note_embed(self, name: str, options: Options) -> None:
         self.embeds[name] = options
 
-    def note_unembed(self, options: dict[str, Option], tied: Given | None, span: Span) -> None:
+    def note_unembed(self, options: Options, tied: Given | None, span: Span) -> None:
         if tied is None or tied.value in (None, False):
             options["tied"] = None
             return

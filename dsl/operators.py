@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llmspec.dsl.diagnostics import did_you_mean, fault, listing
 from llmspec.dsl.options import MEASURES, OperatorRow, OptionRow
-from llmspec.dsl.program import Option, Span
+from llmspec.dsl.program import Call, Option, Span
 from llmspec.dsl.shapes import Flow, Shape
 from llmspec.dsl.values import Value, convert, no_meaning
 
@@ -16,7 +16,7 @@ from llmspec.dsl.values import Value, convert, no_meaning
 class Given:
     """An option as written. cause: where its value was given, when that is another place."""
 
-    value: Value
+    value: Value | Call
     span: Span
     cause: Span | None = None
 
@@ -31,15 +31,17 @@ def resolve_options(
     shape: Shape,
     measures: Mapping[str, int | None],
     span: Span,
-) -> dict[str, Option]:
+) -> dict[str, Option | Call]:
     """Every declared option with its value. shape: of the first input; measures: of the model."""
     known: dict[str, Option] = {**measures, "model_width": measures["width"]}
     if shape.flow == Flow.FEATURES:
         known["width"] = shape.width
-    resolved: dict[str, Option] = {}
+    resolved: dict[str, Option | Call] = {}
     for option in row.options:
         value = known["width"] if option.derived else one_option(row, option, given, known, span)
-        resolved[option.name] = known[option.name] = value
+        resolved[option.name] = value
+        if not isinstance(value, Call):
+            known[option.name] = value
     RULES.get(row.name, lambda *_: None)(resolved, given, span)
     return resolved
 
@@ -50,9 +52,11 @@ def one_option(
     given: Mapping[str, Given],
     known: Mapping[str, Option],
     span: Span,
-) -> Option:
+) -> Option | Call:
     if option.name in given:
         entry = given[option.name]
+        if isinstance(entry.value, Call):
+            return entry.value
         return convert(option, entry.value, entry.place, row.name)
     if option.required:
         raise fault("E0205", f"`{row.name}` needs `{option.name}`", span, "not given")
@@ -85,6 +89,9 @@ def unknown_option(row: OperatorRow, name: str, span: Span) -> Exception:
 # Legality
 
 
+Options = dict[str, Option | Call]
+
+
 def divisors_near(number: int, wanted: int, count: int = 2) -> list[int]:
     """The divisors of `number` nearest to `wanted`, nearest first."""
     found = {
@@ -96,7 +103,7 @@ def divisors_near(number: int, wanted: int, count: int = 2) -> list[int]:
     return sorted(found, key=lambda d: (abs(d - wanted), -d))[:count]
 
 
-def attention_rule(options: dict[str, Option], given: Mapping[str, Given], span: Span) -> None:
+def attention_rule(options: Options, given: Mapping[str, Given], span: Span) -> None:
     width, heads, kv_heads = (options[k] for k in ("width", "heads", "kv_heads"))
     head_size = options["head_size"]
     assert isinstance(width, int) and isinstance(heads, int) and isinstance(kv_heads, int), "counts"
@@ -134,4 +141,37 @@ def attention_rule(options: dict[str, Option], given: Mapping[str, Given], span:
         raise no_meaning("`window` without `causal`", places["window"])
 
 
-RULES = {"attention": attention_rule}
+def mixture_rule(options: Options, given: Mapping[str, Given], span: Span) -> None:
+    experts, top_k, groups, top = (options[k] for k in ("experts", "top_k", "groups", "top_groups"))
+    assert isinstance(experts, int) and isinstance(top_k, int), "counts"
+    assert isinstance(groups, int) and isinstance(top, int), "counts"
+
+    def place(name: str) -> Span:
+        return given[name].place if name in given else span
+
+    if experts % groups:
+        near = sorted(divisors_near(experts, groups))
+        raise fault(
+            "E0221",
+            f"{groups} groups do not divide {experts} experts",
+            place("groups"),
+            "every group holds the same number of experts",
+            helps=("use " + listing(f"groups={d}" for d in near),),
+        )
+    if top > groups:
+        raise fault(
+            "E0221", f"a token cannot use {top} of {groups} groups", place("top_groups"), "too many"
+        )
+    reached = experts // groups * top
+    if top_k > reached:
+        where = f" in {top} of {groups} groups" if top < groups else ""
+        raise fault(
+            "E0221",
+            f"a token cannot use {top_k} of {reached} experts{where}",
+            place("top_k"),
+            "more than there are",
+            helps=(f"at most `top_k={reached}`",),
+        )
+
+
+RULES = {"attention": attention_rule, "moe": mixture_rule}

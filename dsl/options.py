@@ -38,7 +38,7 @@ class OptionRow:
     """default: a value, or a function of `Measures`; `default_text` is how the reference shows it.
 
     none: `none` is allowed too. now: the values that have meaning yet (empty: all of them).
-    derived: worked out, never written by the user.
+    derived: worked out, never written by the user. calls: of a call, those there are.
     """
 
     name: str
@@ -50,6 +50,7 @@ class OptionRow:
     words: tuple[str, ...] = ()
     now: tuple[Option, ...] = ()
     derived: bool = False
+    calls: tuple[CallRow, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +140,53 @@ ATTENTION = (
     flag("explicit"),
 )
 
+FEED_FORWARDS = (
+    CallRow(name="swiglu", positional=("ffn",), options=(FFN,)),
+    CallRow(name="geglu", positional=("ffn",), options=(FFN,)),
+    CallRow(
+        name="mlp",
+        positional=("ffn",),
+        options=(
+            FFN,
+            OptionRow(name="activation", kind=Kind.WORD, words=ACTIVATIONS, default="gelu"),
+            flag("bias"),
+        ),
+    ),
+)
+"""What an expert can be."""
+BALANCES = (
+    CallRow(
+        name="aux",
+        positional=("coefficient",),
+        options=(OptionRow(name="coefficient", kind=Kind.NUMBER, required=True),),
+    ),
+    CallRow(
+        name="bias",
+        positional=("rate",),
+        options=(number("rate", 1e-3), number("aux", 0.0, Kind.NUMBER)),
+    ),
+)
+MIXTURE = (
+    WIDTH,
+    OptionRow(name="experts", kind=Kind.COUNT, required=True),
+    OptionRow(name="top_k", kind=Kind.COUNT, required=True),
+    OptionRow(name="expert", kind=Kind.CALL, required=True, calls=FEED_FORWARDS),
+    OptionRow(name="shared", kind=Kind.CALL, none=True, calls=FEED_FORWARDS),
+    OptionRow(name="gate", kind=Kind.WORD, words=("softmax", "sigmoid"), default="softmax"),
+    flag("normalise", default=True),
+    number("scale", 1.0),
+    OptionRow(name="groups", kind=Kind.COUNT, default=1),
+    OptionRow(
+        name="top_groups",
+        kind=Kind.COUNT,
+        default=lambda m: m["groups"],
+        default_text="`groups`",
+    ),
+    OptionRow(name="capacity", kind=Kind.POSITIVE, none=True),
+    OptionRow(name="balance", kind=Kind.CALL, none=True, calls=BALANCES),
+    number("z_loss", 0.0, Kind.NUMBER),
+)
+
 OPERATORS = {
     row.name: row
     for row in (
@@ -196,6 +244,7 @@ OPERATORS = {
         ),
         OperatorRow(name="swiglu", positional="ffn", options=(WIDTH, FFN)),
         OperatorRow(name="geglu", positional="ffn", options=(WIDTH, FFN)),
+        OperatorRow(name="moe", options=MIXTURE),
         OperatorRow(name="layernorm", options=(WIDTH, EPS, flag("bias", default=True))),
         OperatorRow(name="rmsnorm", options=(WIDTH, EPS)),
         OperatorRow(
@@ -206,7 +255,7 @@ OPERATORS = {
         *(OperatorRow(name=name, options=(WIDTH,)) for name in ACTIVATIONS),
         *(
             OperatorRow(name=name, meaning=False)
-            for name in ("moe", "patches", "pool", "concat", "conv", "softmax")
+            for name in ("patches", "pool", "concat", "conv", "softmax")
         ),
     )
 }

@@ -7,17 +7,19 @@ from collections.abc import Iterator
 from llmspec.dsl.program import (
     Arithmetic,
     BlockUse,
+    Call,
     Expr,
     Model,
     Operator,
-    Option,
     Repeat,
 )
 
 
-def operator_parameters(use: Operator) -> int:
+def operator_parameters(use: Operator, *, active: bool = False) -> int:
+    """active: only those that one token runs through."""
+
     def size(name: str) -> int:
-        value: Option = use.option(name)
+        value = use.option(name)
         assert isinstance(value, int), f"{use.operator}.{name} is a number"
         return int(value)
 
@@ -37,17 +39,34 @@ def operator_parameters(use: Operator) -> int:
                 size("kv_heads") * size("head_size"),
                 size("bias"),
             )
-        case "mlp":
-            width, ffn, bias = size("width"), size("ffn"), size("bias")
-            return 2 * width * ffn + bias * (width + ffn)
-        case "swiglu" | "geglu":
-            return 3 * size("width") * size("ffn")
+        case "mlp" | "swiglu" | "geglu":
+            bias = size("bias") if use.operator == "mlp" else 0
+            return feed_forward_parameters(use.operator, size("width"), size("ffn"), bias)
+        case "moe":
+            used = size("top_k") if active else size("experts")
+            width, shared = size("width"), use.call("shared")
+            routed = used * call_parameters(use.call("expert"), width)
+            return size("experts") * width + routed + call_parameters(shared, width)
         case "layernorm":
             return (1 + size("bias")) * size("width")
         case "rmsnorm":
             return size("width")
         case _:
             return 0
+
+
+def feed_forward_parameters(kind: str, width: int, ffn: int, bias: int) -> int:
+    return (2 if kind == "mlp" else 3) * width * ffn + bias * (width + ffn)
+
+
+def call_parameters(call: Call | None, width: int) -> int:
+    """Of an expert; 0 where there is none."""
+    if call is None:
+        return 0
+    options = dict(call.options)
+    ffn = options["ffn"]
+    assert isinstance(ffn, int), "ffn is a number"
+    return feed_forward_parameters(call.name, width, ffn, int(bool(options.get("bias"))))
 
 
 def attention_parameters(width: int, queries: int, keys: int, bias: int) -> int:
@@ -68,10 +87,14 @@ def uses_in(expr: Expr) -> Iterator[Operator | BlockUse]:
 
 
 class Counter:
-    """Totals per block are worked out once; a shared instance counts once for parameters."""
+    """Totals per block are worked out once; a shared instance counts once for parameters.
 
-    def __init__(self, model: Model) -> None:
+    active: of parameters only those that one token runs through.
+    """
+
+    def __init__(self, model: Model, *, active: bool = False) -> None:
         self.model = model
+        self.active = active
         self.blocks: dict[str, tuple[int, int]] = {}
 
     def block(self, name: str) -> tuple[int, int]:
@@ -94,7 +117,7 @@ class Counter:
     def use(self, use: Operator | BlockUse) -> tuple[int, int]:
         if isinstance(use, BlockUse):
             return self.block(use.block)
-        return operator_parameters(use), 1
+        return operator_parameters(use, active=self.active), 1
 
     def model_total(self) -> tuple[int, int]:
         plain: list[Operator | BlockUse] = []
@@ -110,8 +133,8 @@ class Counter:
         return parameters + one, operators + count
 
 
-def count_parameters(model: Model) -> int:
-    return Counter(model).model_total()[0]
+def count_parameters(model: Model, *, active: bool = False) -> int:
+    return Counter(model, active=active).model_total()[0]
 
 
 def count_uses(model: Model) -> int:

@@ -68,17 +68,22 @@ class Operator:
         name share their parameters (`let`).
     inputs: in the operator's declared order; inputs that were left out (`over=`) are not there.
     options: every declared option with its value, defaults filled in, flags as bools; sorted by
-        name.
+        name. Some are calls: `expert=swiglu(ffn=512)`.
     """
 
     operator: str
     name: str
     inputs: tuple[Expr, ...]
-    options: tuple[tuple[str, Option], ...]
+    options: tuple[tuple[str, Option | Call], ...]
     span: Span
 
-    def option(self, name: str) -> Option:
+    def option(self, name: str) -> Option | Call:
         return dict(self.options)[name]
+
+    def call(self, name: str) -> Call | None:
+        """An option that is a call, or none."""
+        value = self.option(name)
+        return value if isinstance(value, Call) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

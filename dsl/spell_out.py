@@ -210,9 +210,19 @@ def option_texts(use: Use) -> list[str]:
         if option.derived:
             continue
         value = use.option(option.name)
-        bare = isinstance(value, str)  # words and the names of tied tables
-        texts.append(f"{option.name}={value if bare else value_text(value)}")
+        texts.append(f"{option.name}={option_text(value)}")
     return texts
+
+
+def option_text(value: Option | Call) -> str:
+    match value:
+        case Call():
+            inner = ", ".join(f"{name}={option_text(v)}" for name, v in value.options)
+            return f"{value.name}({inner})"
+        case str():  # words and the names of tied tables
+            return value
+        case _:
+            return value_text(value)
 
 
 class ModelPrinter(BlockPrinter):

@@ -194,7 +194,7 @@ class Reader:
         model = self.context.model
         if not isinstance(model, Model):
             return None, None
-        tokens = TOKENS_PER_PARAMETER * count_parameters(model)
+        tokens = TOKENS_PER_PARAMETER * count_parameters(model, active=True)
         return ceil(tokens / per_step), tokens
 
     # Choices

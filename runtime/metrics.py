@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,20 @@ class Metrics:
         self.mark_s = time.perf_counter()
 
     def step(
-        self, step: int, loss: Tensor | None, norm: Tensor, lr: float, *, stop: bool = False
+        self,
+        step: int,
+        loss: Tensor | None,
+        norm: Tensor,
+        lr: float,
+        *,
+        stop: bool = False,
+        figures: Mapping[str, Tensor] | None = None,
     ) -> bool:
         """Record the step that was just done (counted from 1); whether all ranks stop now.
 
         loss: this rank's part of the global mean; None or 0 where the last stage is not.
         stop: whether this rank was asked to; then all stop at the same step.
+        figures: further numbers of the step, the same on all ranks, by what the log calls them.
 
         On GPUs a step's values are read during the next one, so that the host never waits for the
         step it has just launched; they stop one step later.
@@ -73,8 +82,10 @@ class Metrics:
         own = torch.stack([_own_part(loss, self.mesh), _number(float(stop), self.mesh)])
         if self.mesh.world.size > 1:
             dist.all_reduce(own, group=self.mesh.world.group)
-        values = torch.cat([own, norm.detach().to(own).reshape(1)])
-        current = _Pending.of(step, values, lr, now_s - self.mark_s)
+        further = figures or {}
+        rest = [value.detach().to(own).reshape(1) for value in (norm, *further.values())]
+        values = torch.cat([own, *rest])
+        current = _Pending.of(step, values, lr, now_s - self.mark_s, tuple(further))
         self.mark_s = now_s
         if values.is_cuda:
             previous, self.pending = self.pending, current
@@ -113,7 +124,8 @@ class Metrics:
     def _record(self, pending: "_Pending | None") -> None:
         if pending is None:
             return
-        loss, stop, norm = pending.read()
+        loss, stop, norm, *rest = pending.read()
+        figures = dict(zip(pending.names, rest, strict=True))
         if not math.isfinite(loss):
             # every rank has read the same number, so all stop here
             raise UserError(
@@ -133,6 +145,7 @@ class Metrics:
                 "learning_rate": pending.lr,
                 "tokens": pending.step * self.tokens_per_step,
                 "seconds": pending.seconds,
+                **figures,
             }
         )
         now_s = time.perf_counter()
@@ -140,9 +153,11 @@ class Metrics:
         due = pending.step % self.every == 0 and now_s - self.said_s >= self.every_s
         if last or due:
             self.said_s = now_s
-            print(self._line(pending, loss, norm), flush=True)
+            print(self._line(pending, loss, norm, figures), flush=True)
 
-    def _line(self, pending: "_Pending", loss: float, norm: float) -> str:
+    def _line(
+        self, pending: "_Pending", loss: float, norm: float, figures: Mapping[str, float]
+    ) -> str:
         mean_s = sum(self.durations_s) / len(self.durations_s) if self.durations_s else math.nan
         tokens_per_s = self.tokens_per_step / (mean_s if self.durations_s else pending.seconds)
         parts = [
@@ -150,6 +165,7 @@ class Metrics:
             f"loss {loss:.4f}",
             f"norm {norm:.3g}",
             f"lr {pending.lr:.2e}",
+            *(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items()),
             f"{_short(tokens_per_s)} tokens/s",
         ]
         if self.utilisation is not None:
@@ -181,16 +197,19 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Pending:
-    """values: [loss, ranks that stop, norm], on the host or on its way there."""
+    """values: [loss, ranks that stop, norm, further ones by `names`], on the host or on its way."""
 
     step: int
     values: Tensor
     lr: float
     seconds: float
+    names: tuple[str, ...]
     arrived: Any
 
     @staticmethod
-    def of(step: int, values: Tensor, lr: float, seconds: float) -> "_Pending":
+    def of(
+        step: int, values: Tensor, lr: float, seconds: float, names: tuple[str, ...] = ()
+    ) -> "_Pending":
         arrived = None
         if values.is_cuda:
             values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(
@@ -198,7 +217,9 @@ class _Pending:
             )
             arrived = torch.cuda.Event()
             arrived.record()
-        return _Pending(step=step, values=values, lr=lr, seconds=seconds, arrived=arrived)
+        return _Pending(
+            step=step, values=values, lr=lr, seconds=seconds, names=names, arrived=arrived
+        )
 
     def read(self) -> list[float]:
         if self.arrived is not None:

@@ -18,17 +18,19 @@ class Traits:
     init: a descriptor of initialise.py.
     partial: each tensor rank computes a part of the gradient's sum.
     decay: whether weight decay may apply.
+    rate: how far each step moves it, of a buffer that steps move.
     """
 
     init: Any
     partial: bool = False
     decay: bool = True
+    rate: float | None = None
 
 
 class Group(nn.Module):
     """Only names its parameters and groups: `self.q_proj = Group(weight=..., bias=...)`."""
 
-    def __init__(self, **members: nn.Parameter | nn.Module | None):
+    def __init__(self, **members: nn.Parameter | nn.Buffer | nn.Module | None):
         super().__init__()
         for name, member in members.items():
             setattr(self, name, member)
@@ -57,6 +59,23 @@ def parameter(
     assert not (partial and "tensor" in (split or {})), "a split parameter has a whole gradient"
     out = nn.Parameter(_meta(tuple(shape), mesh, split or {}, dtype))
     out.traits = Traits(init=init, partial=partial, decay=decay)  # type: ignore[attr-defined]
+    return out
+
+
+def buffer(
+    shape: tuple[int, ...],
+    *,
+    init: Any,
+    rate: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    kept: bool = True,
+) -> nn.Buffer:
+    """State that is no weight, alike on all ranks; on the meta device until `initialise`.
+
+    rate: see Traits. kept: part of checkpoints.
+    """
+    out = nn.Buffer(torch.empty(shape, device="meta", dtype=dtype), persistent=kept)
+    out.traits = Traits(init=init, decay=False, rate=rate)  # type: ignore[attr-defined]
     return out
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from llmspec.compiler.graph import Init, Parameter, Unit, meta_dtype
+from llmspec.compiler.graph import Buffer, Init, Parameter, Unit, meta_dtype, on_meta
 from llmspec.dsl.program import Span
 
 
@@ -37,13 +37,16 @@ class UnitBuilder:
             "dims": dims,
             "scope": self._scope,
             "span": self._span,
+            "integer": not value.is_floating_point(),
         }
         return node
 
-    def input(self, name: str, shape: tuple[int, ...], dims: str) -> fx.Node:
+    def input(
+        self, name: str, shape: tuple[int, ...], dims: str, dtype: torch.dtype | None = None
+    ) -> fx.Node:
         node = self.unit.graph.placeholder(name)
         self.unit.inputs = (*self.unit.inputs, name)
-        value = torch.empty(shape, dtype=meta_dtype(name), device="meta")
+        value = torch.empty(shape, dtype=dtype or meta_dtype(name), device="meta")
         return self._finish(node, value, name, dims)
 
     def parameter(
@@ -56,18 +59,23 @@ class UnitBuilder:
         decay: bool | None = None,
         tied: str | None = None,
         path: str | None = None,
+        picks: int | None = None,
+        buffer: Buffer | None = None,
     ) -> fx.Node:
         """A weight of the current scope; the same path twice is the same weight."""
         path = path or ".".join((*self._scope, name))
         known = path in self.unit.parameters
         decay = len(shape) >= 2 if decay is None else decay
-        weight = Parameter(path=path, shape=shape, dims=dims, init=init, decay=decay, tied=tied)
+        weight = Parameter(
+            path=path, shape=shape, dims=dims, init=init, decay=decay, tied=tied, picks=picks,
+            buffer=buffer,
+        )  # fmt: skip
         self.unit.parameters.setdefault(path, weight)
         if known:
             return next(n for n in self._meta if n.op == "get_attr" and n.target == path)
         node = self.unit.graph.create_node("get_attr", path, name=path.replace(".", "_"))
         node.meta["parameter"] = self.unit.parameters[path]
-        return self._finish(node, torch.empty(shape, device="meta"), name, dims)
+        return self._finish(node, on_meta(weight), name, dims)
 
     def call(self, function: Callable[..., Any], *args: Any, label: str, dims: str) -> fx.Node:
         value = function(*(self._meta[a] if isinstance(a, fx.Node) else a for a in args))

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from llmspec.compiler.build.builder import UnitBuilder
-from llmspec.compiler.build.operators import OPERATORS, Context
+from llmspec.compiler.build.mixture import build_moe
+from llmspec.compiler.build.operators import OPERATORS, Builder, Context
 from llmspec.compiler.errors import Unsupported
 from llmspec.compiler.graph import Instance, ModelGraph, Unit
 from llmspec.compiler.ops import elementwise
@@ -24,6 +25,8 @@ from llmspec.dsl.program import (
     Ref,
     Repeat,
 )
+
+BUILDERS: dict[str, Builder] = {**OPERATORS, "moe": build_moe}
 
 ARITHMETIC = {
     "+": elementwise.add,
@@ -86,7 +89,7 @@ class _Values:
     def _operator(self, expr: Operator) -> fx.Node:
         inputs = tuple(self.node(e) for e in expr.inputs)
         with self.builder.scope(expr.name, expr.span):
-            build = OPERATORS[expr.operator]
+            build = BUILDERS[expr.operator]
             return build(self.builder, inputs, dict(expr.options), self.context)
 
     def _block(self, use: BlockUse) -> fx.Node:

@@ -71,7 +71,7 @@ def _linear(
     return b.call(elementwise.add, y, offset, label=label or name, dims=lead + letter)
 
 
-def _residual_deviation(context: Context) -> float:
+def residual_deviation(context: Context) -> float:
     """Scaled down by the number of additions into the residual stream (Radford et al. 2019)."""
     return STANDARD_DEVIATION / math.sqrt(2 * max(context.depth, 1))
 
@@ -104,7 +104,7 @@ def build_attention(b: UnitBuilder, inputs: Inputs, o: Options, context: Context
         attention, q, k, v, o["causal"], o["window"], o["explicit"], label="mixed", dims="BTHE"
     )
     joined = b.call(shape.flatten, mixed, 2, label="mixed", dims="BTI")
-    deviation = _residual_deviation(context)
+    deviation = residual_deviation(context)
     return _linear(b, joined, "out", _last(x), "D", bias=o["bias"], deviation=deviation)
 
 
@@ -113,7 +113,7 @@ def build_mlp(b: UnitBuilder, inputs: Inputs, o: Options, context: Context) -> f
     hidden = _linear(b, x, "up", o["ffn"], "F", bias=o["bias"])
     act = elementwise.ACTIVATIONS[o["activation"]]
     hidden = b.call(act, hidden, label="hidden", dims="BTF")
-    deviation = _residual_deviation(context)
+    deviation = residual_deviation(context)
     return _linear(b, hidden, "down", _last(x), "D", bias=o["bias"], deviation=deviation)
 
 
@@ -124,7 +124,7 @@ def _gated(activation: Callable[..., Any]) -> Builder:
         up = _linear(b, x, "up", o["ffn"], "F", bias=False)
         gate = b.call(activation, gate, label="gate", dims="BTF")
         hidden = b.call(elementwise.multiply, gate, up, label="hidden", dims="BTF")
-        deviation = _residual_deviation(context)
+        deviation = residual_deviation(context)
         return _linear(b, hidden, "down", _last(x), "D", bias=False, deviation=deviation)
 
     return build

@@ -9,7 +9,7 @@ from functools import lru_cache
 from torch import fx
 
 from llmspec.compiler.cost.hardware import Machine
-from llmspec.compiler.graph import INTEGER_INPUTS
+from llmspec.compiler.graph import without_gradient
 from llmspec.compiler.ops.registry import (
     Choice,
     Entry,
@@ -46,8 +46,8 @@ class OperatorCost:
 
 
 def is_integer(node: fx.Node) -> bool:
-    """Token ids and counters: no gradient, the same on every tensor rank."""
-    return node.op == "placeholder" and str(node.target) in INTEGER_INPUTS
+    """Token ids, counters, choices, buffers: no gradient, the same on every tensor rank."""
+    return without_gradient(node)
 
 
 def local_shapes(node: fx.Node, choice: Choice, ranks: int) -> Shapes:
@@ -59,25 +59,29 @@ def local_shapes(node: fx.Node, choice: Choice, ranks: int) -> Shapes:
 
 
 @lru_cache(maxsize=4096)
-def tile_efficiency(rows: int, columns: int, depth: int, multiprocessors: int) -> float:
-    """The share of the achievable rate that an output of rows × columns reaches: whole tiles, whole
-    waves over the multiprocessors, and a depth that hides the start."""
+def tile_efficiency(
+    rows: int, columns: int, depth: int, multiprocessors: int, groups: int = 1
+) -> float:
+    """The share of the achievable rate that `groups` outputs of rows × columns reach: whole tiles,
+    whole waves over the multiprocessors, and a depth that hides the start."""
     if multiprocessors <= 1:
         return 1.0
     best = 0.0
     for (m, n), rate in zip(TILES, TILE_RATE, strict=True):
-        tiles = math.ceil(rows / m) * math.ceil(columns / n)
+        tiles = groups * math.ceil(rows / m) * math.ceil(columns / n)
         waves = math.ceil(tiles / multiprocessors)
-        filled = rows * columns / (waves * multiprocessors * m * n)
+        filled = groups * rows * columns / (waves * multiprocessors * m * n)
         best = max(best, rate * filled)
     return best * depth / (depth + RAMP)
 
 
-def product_s(flops: float, shapes: Shapes, machine: Machine) -> float:
+def product_s(flops: float, shapes: Shapes, machine: Machine, groups: int = 1) -> float:
+    """`groups`: products side by side that share the rows, one for each expert."""
     elements = max(numel(shapes.result), 1)
     columns = shapes.result[-1] if shapes.result else 1
     depth = max(int(flops / (2 * elements)), 1)
-    share = tile_efficiency(elements // columns, columns, depth, machine.multiprocessors)
+    rows = max(elements // columns // groups, 1)
+    share = tile_efficiency(rows, columns, depth, machine.multiprocessors, groups)
     return flops / (machine.matrix_flops * max(share, 1e-3))
 
 
@@ -85,13 +89,12 @@ def _bytes(entry: Entry, node: fx.Node, shapes: Shapes, width: int) -> tuple[int
     """Bytes of (what is read, the result, gradients of the operands)."""
     result = width * numel(shapes.result)
     read = gradients = 0
-    looks_up = any(is_integer(o) for o in tensor_operands(node)) and shapes.result != ()
     for operand, shape in zip(tensor_operands(node), shapes.operands, strict=True):
         if is_integer(operand):
             read += 8 * numel(shape)
             continue
         size = width * numel(shape)
-        read += min(size, result) if looks_up else size
+        read += min(size, result) if entry.looks_up else size
         gradients += size
     return read, result, gradients
 
@@ -126,7 +129,8 @@ def operator_cost(node: fx.Node, shapes: Shapes, machine: Machine, width: int) -
             saved=saved,
             working_bytes=working,
         )
-    product = product_s(flops, shapes, machine)
+    groups = 1 if entry.groups is None else entry.groups(shapes)
+    product = product_s(flops, shapes, machine, groups)
     counted = entry.model_flops or entry.flops
     return OperatorCost(
         forward_s=max(product, moved) + machine.launch_s,

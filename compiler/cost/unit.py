@@ -50,9 +50,9 @@ class Layout:
         """The state in which a value comes into being."""
         if node.op == "call_function":
             return self.choices[node].result
-        if node.op == "get_attr":
-            return self.parameters[str(node.target)]
-        return WHOLE if is_integer(node) else self.boundary_in
+        if is_integer(node):
+            return WHOLE
+        return self.parameters[str(node.target)] if node.op == "get_attr" else self.boundary_in
 
 
 def resolve(unit: Unit, placement: UnitPlacement, ranks: int) -> Layout:
@@ -199,9 +199,11 @@ class _Tally:
     """Exposed seconds by (axis, forward)."""
 
     def keep(self, node: fx.Node, state: State) -> None:
+        if is_integer(node):
+            return
         if node.op == "get_attr":
             self.cast.add(str(node.target))
-        elif not is_integer(node):
+        else:
             root = storage(self.layout, node, state)
             if root[0].op == "get_attr":
                 self.cast.add(str(root[0].target))
@@ -275,7 +277,8 @@ def operator_sends_s(
 
 
 def parameter_nodes(unit: Unit) -> list[fx.Node]:
-    return [n for n in unit.graph.nodes if n.op == "get_attr"]
+    """The weights: buffers left out."""
+    return [n for n in unit.graph.nodes if n.op == "get_attr" and not is_integer(n)]
 
 
 def unit_cost(

@@ -88,6 +88,20 @@ def init_text(init: Init, imports: set[tuple[str, str]]) -> str:
     return f"Rows(init={text}, zero_rows={init.zero_rows!r})"
 
 
+def buffer_text(weight: Parameter, style: Style) -> str:
+    """A state that is no weight."""
+    assert weight.buffer is not None, "only a buffer is one"
+    style.imports.add(("runtime.parameters", "buffer"))
+    parts = [repr(weight.shape), f"init={init_text(weight.init, style.imports)}"]
+    if weight.buffer.rate is not None:
+        parts.append(f"rate={weight.buffer.rate!r}")
+    if weight.buffer.integer:
+        parts.append("dtype=torch.int64")
+    if not weight.buffer.kept:
+        parts.append("kept=False")
+    return f"buffer({', '.join(parts)})"
+
+
 def parameter_text(weight: Parameter, state: State, style: Style) -> str:
     style.imports.add(("runtime.parameters", "parameter"))
     parts = [repr(weight.shape), "mesh=mesh", f"init={init_text(weight.init, style.imports)}"]
@@ -100,6 +114,14 @@ def parameter_text(weight: Parameter, state: State, style: Style) -> str:
     if not weight.decay and len(weight.shape) >= 2:
         parts.append("decay=False")
     return f"parameter({', '.join(parts)})"
+
+
+def member_text(unit: Unit, weight: Parameter, style: Style) -> str:
+    """What makes a weight or a buffer of `unit`."""
+    if weight.buffer is not None:
+        return buffer_text(weight, style)
+    state = parse_state(style.placements[unit.name][weight.path])
+    return parameter_text(weight, state, style)
 
 
 Tree = dict[str, "Tree | str"]
@@ -147,15 +169,17 @@ class ClassPrinter:
     style: Style
     text: Text
 
-    def state(self, weight: Parameter) -> State:
-        return parse_state(self.style.placements[self.unit.name][weight.path])
+    def member(self, weight: Parameter) -> str:
+        return member_text(self.unit, weight, self.style)
 
     def relative(self, weight: Parameter) -> str:
         return ".".join(weight.path.split(".")[len(self.section.scope) :])
 
     def reference(self, node: fx.Node) -> str:
-        self.style.imports.add(("runtime.parameters", "local"))
         weight: Parameter = node.meta["parameter"]
+        if weight.buffer is not None:
+            return f"self.{self.relative(weight)}"
+        self.style.imports.add(("runtime.parameters", "local"))
         cast = self.style.cast_experts if weight.expert_ranks > 1 else self.style.cast
         return f"local(self.{self.relative(weight)}{', COMPUTE' if cast else ''})"
 
@@ -195,9 +219,7 @@ class ClassPrinter:
             grow(tree, path, f"{self.child_class(child)}(mesh{more})")
         for node in self.section.parameters:
             weight: Parameter = node.meta["parameter"]
-            grow(
-                tree, self.relative(weight), parameter_text(weight, self.state(weight), self.style)
-            )
+            grow(tree, self.relative(weight), self.member(weight))
         return tree
 
     def child_class(self, child: Child) -> str:

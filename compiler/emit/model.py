@@ -16,16 +16,16 @@ from llmspec.compiler.emit.classes import (
     grow,
     has_dropout,
     leaf_groups,
-    parameter_text,
+    member_text,
     print_block,
     print_plain,
 )
 from llmspec.compiler.emit.text import Text, formatted, in_bytes, plural, quoted
-from llmspec.compiler.graph import INTEGER_INPUTS, Instance, Unit
+from llmspec.compiler.graph import Instance, Unit, without_gradient
 from llmspec.compiler.lower import Lowered
 from llmspec.compiler.ops.collective import Move, sends
 from llmspec.compiler.ops.registry import Sends, shapes_of
-from llmspec.compiler.placement import Collective, parse_state
+from llmspec.compiler.placement import Collective
 from llmspec.compiler.plan import Plan
 
 LETTERS = {
@@ -124,7 +124,7 @@ class ModelPrinter:
         return count
 
     def comment(self, move: Move, node: fx.Node) -> tuple[str, ...]:
-        if not sends(node) or node.meta["label"] in INTEGER_INPUTS:
+        if not sends(node) or without_gradient(node):
             return ()
         size = in_bytes(self._elements(move) * element_bytes(self.precision))
         forward, backward = move.conversion.forward, move.conversion.backward
@@ -347,8 +347,7 @@ class ModelPrinter:
         for weight in unit.parameters.values():
             group, _, name = weight.path.rpartition(".")
             if group == path:
-                state = parse_state(self.style.placements[unit.name][weight.path])
-                grow(tree, name, parameter_text(weight, state, self.style))
+                grow(tree, name, member_text(unit, weight, self.style))
         return group_text(tree, self.style)
 
     def _block_maker(self, unit: Unit, index: str) -> str:

@@ -253,7 +253,7 @@ def _does(node: fx.Node, unit: Unit, states: dict[str, str]) -> str:
     if is_collective(node):
         return _moves(node)
     weights = [a.meta["parameter"] for a in node.all_input_nodes if a.op == "get_attr"]
-    shown = [f"{w.path} {list(w.shape)} {states[w.path]}" for w in weights]
+    shown = [f"{w.path} {list(w.shape)} {states.get(w.path, 'whole')}" for w in weights]
     return " · ".join([entry_of(node).name, *shown])
 
 

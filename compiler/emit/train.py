@@ -8,6 +8,7 @@ from llmspec.compiler.emit.model import Header
 from llmspec.compiler.emit.text import Text, formatted, quoted
 from llmspec.compiler.errors import InternalError
 from llmspec.compiler.lower import Lowered
+from llmspec.compiler.ops import routing
 from llmspec.compiler.ops.registry import shape_of
 from llmspec.dsl.program import Call, Option, Program
 
@@ -38,6 +39,9 @@ class TrainPrinter:
         self.precision = self.train.precision.name
         self.staged = len(self.plan.stages) > 1
         self.mixed = self.precision != "fp32"
+        calls = {n.target for unit in self.lowered.whole.units.values() for n in unit.calls()}
+        self.experts = routing.expert_counts in calls
+        self.inner_losses = bool(calls & {routing.balance_loss, routing.z_loss})
 
     # -- pieces
 
@@ -132,10 +136,17 @@ class TrainPrinter:
         t.line("initialise(self.model, mesh, seed=SEED)")
         t.line("self.models = [self.model]")
 
+    def inner_scale(self) -> None:
+        """Losses inside the model are divided as the token loss is."""
+        if self.inner_losses:
+            self.imports.add("from runtime import auxiliary")
+            self.text.line("auxiliary.set_scale(1 / batch.target_tokens)")
+
     def single_step(self) -> None:
         t = self.text
         with t.block("def step(self, batch: Batch) -> Tensor:"):
             t.line('"""Gradients of one batch, summed over all processes; this process\'s loss."""')
+            self.inner_scale()
             t.line("loss = torch.zeros((), device=self.mesh.device)")
             with t.block("for micro in batch.microbatches(MICROBATCHES):"):
                 t.line("self.gradients.before_microbatch(micro)")
@@ -203,6 +214,7 @@ class TrainPrinter:
         t = self.text
         with t.block("def step(self, batch: Batch) -> Tensor:"):
             t.line('"""Gradients of one batch, summed over all processes; this process\'s loss."""')
+            self.inner_scale()
             t.line("return self.executor.step(batch)")
         t.blank()
         with t.block("def evaluate(self, batch: Batch) -> Tensor:"):
@@ -285,8 +297,13 @@ class TrainPrinter:
         t.line("loss = trainer.step(data.batch(step, BATCH, mesh))")
         t.line(f"norm = trainer.clip({clip})")
         t.line("optimizer.step()")
+        more = ""
+        if self.experts:
+            self.imports.add("from runtime.balance import balance_experts")
+            t.line("loads = balance_experts(trainer.models, mesh)")
+            more = ", figures=loads"
         t.line("done = step + 1")
-        t.line("stop = metrics.step(done, loss, norm, rate(step), stop=interrupts.asked)")
+        t.line(f"stop = metrics.step(done, loss, norm, rate(step), stop=interrupts.asked{more})")
         if train.validate:
             count = train.validate.option("batches")
             with t.block(f"if done % {train.validate.steps} == 0 or done == STEPS:"):

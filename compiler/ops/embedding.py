@@ -59,6 +59,7 @@ register(
         rule=_embedding_rule,
         flops=lambda node, shapes: 0.0,
         saved=lambda node, shapes: Saved(),
+        looks_up=True,
         render=_render_embedding,
     )
 )
@@ -82,6 +83,7 @@ register(
         rule=_positions_rule,
         flops=lambda node, shapes: 0.0,
         saved=lambda node, shapes: Saved(),
+        looks_up=True,
         render=lambda node, args, local: Printed(f"{args[1]}[: {args[0]}.shape[1]]"),
     )
 )

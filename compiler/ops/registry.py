@@ -47,6 +47,9 @@ class Rule:
     completed: contracted factors over which the local operator sums by itself (a sharded loss); its
         result is whole then, not partial.
     integer: operands without a gradient (token ids).
+    chooses: the result is of integers: whole on every rank, whatever it is made of.
+    injects: the backward adds to the gradient by itself: ranks with a term each would add it
+        several times, so it is never in shadow.
     """
 
     operands: tuple[tuple[Factors, ...], ...]
@@ -57,6 +60,8 @@ class Rule:
     linear: tuple[tuple[int, ...], ...] = ()
     completed: frozenset[str] = frozenset()
     integer: frozenset[int] = frozenset()
+    chooses: bool = False
+    injects: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +106,9 @@ def choices(rule: Rule, ranks: int) -> tuple[Choice, ...]:
     def all_in(state: State) -> tuple[State, ...]:
         return tuple(WHOLE if i in rule.integer else state for i in range(count))
 
-    found = [Choice("whole", all_in(WHOLE), WHOLE), Choice("shadow", all_in(SHADOW), SHADOW)]
+    found = [Choice("whole", all_in(WHOLE), WHOLE)]
+    if not rule.injects:
+        found.append(Choice("shadow", all_in(SHADOW), WHOLE if rule.chooses else SHADOW))
     for factor, size in rule.sizes.items():
         fits = size % ranks == 0 or (factor in rule.uneven and size >= ranks)
         if factor not in rule.whole and fits and size > 1 and (c := _split_choice(rule, factor)):
@@ -195,6 +202,10 @@ class Entry:
     backward_factor: float = 2.0
     """Of a contraction: what the backward executes for each operation of the forward."""
     alias: bool = False
+    looks_up: bool = False
+    """Of its operands it reads no more than it gives: a table's rows."""
+    groups: Callable[[Shapes], int] | None = None
+    """Of a contraction: into how many products its rows are divided."""
     model_flops: Callable[[fx.Node, Shapes], float] | None = None
     """What `model_flops` counts where that differs from what is executed (causal attention's
     half).

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from llmspec.compiler.errors import InternalError
-from llmspec.compiler.graph import INTEGER_INPUTS, Unit
+from llmspec.compiler.graph import Unit, without_gradient
 from llmspec.compiler.ops import collective
 from llmspec.compiler.ops.collective import Move
 from llmspec.compiler.ops.registry import (
@@ -41,7 +41,7 @@ def whole_placement(unit: Unit) -> UnitPlacement:
     """Nothing is split: what one tensor rank runs."""
     return UnitPlacement(
         nodes={n.name: "whole" for n in unit.calls()},
-        parameters=dict.fromkeys(unit.parameters, "whole"),
+        parameters=dict.fromkeys(unit.weights(), "whole"),
     )
 
 
@@ -75,11 +75,12 @@ class _Sharder:
 
     def state_of(self, node: fx.Node) -> State:
         """Where the value lives as it is produced."""
+        if node.op != "call_function" and without_gradient(node):
+            return WHOLE
         if node.op == "get_attr":
             return parse_state(self.placement.parameters[node.meta["parameter"].path])
         if node.op == "placeholder":
-            integer = str(node.target) in INTEGER_INPUTS
-            return WHOLE if integer else parse_state(self.placement.boundary_in)
+            return parse_state(self.placement.boundary_in)
         return choice_of(node, self.placement, self.ranks).result
 
     def wanted(self, node: fx.Node) -> tuple[State, ...]:

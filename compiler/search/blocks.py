@@ -28,7 +28,7 @@ from llmspec.compiler.cost.unit import (
     storage,
 )
 from llmspec.compiler.errors import InternalError
-from llmspec.compiler.graph import Unit
+from llmspec.compiler.graph import Unit, has_rows
 from llmspec.compiler.ops.registry import (
     Choice,
     choices,
@@ -113,7 +113,8 @@ class Problem:
 
 def splits_tokens(node: fx.Node, state: State) -> bool:
     """Whether a value [sequences, tokens, …] is split along its tokens."""
-    return state == Split(1) and not is_integer(node) and node.op != "get_attr"
+    plain = not is_integer(node) and node.op != "get_attr" and not has_rows(node)
+    return plain and state == Split(1)
 
 
 def legal_choices(problem: Problem, node: fx.Node) -> tuple[Choice, ...]:
@@ -259,7 +260,7 @@ class _Program:
         for node in parameter_nodes(unit):
             self._parameter(node)
         for node in unit.graph.nodes:
-            if node.op == "placeholder":
+            if node.op == "placeholder" or (node.op == "get_attr" and is_integer(node)):
                 state = WHOLE if is_integer(node) else problem.boundary_in
                 self.have[node] = {state: None}
         for node in unit.calls():

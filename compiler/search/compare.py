@@ -9,7 +9,7 @@ from torch import fx
 from llmspec.compiler.cost.compute import is_integer
 from llmspec.compiler.cost.unit import Layout, resolve, unit_cost
 from llmspec.compiler.graph import Unit
-from llmspec.compiler.ops.registry import tensor_operands
+from llmspec.compiler.ops.registry import entry_of, tensor_operands
 from llmspec.compiler.passes.shard import whole_placement
 from llmspec.compiler.placement import Kind
 from llmspec.compiler.search.blocks import Problem, place
@@ -93,7 +93,7 @@ def reading(unit: Unit, layout: Layout) -> Reading:
     groups: dict[str, list[str]] = {"column": [], "row": [], "whole": []}
     for node in unit.calls():
         for operand in tensor_operands(node):
-            if operand.op == "get_attr":
+            if operand.op == "get_attr" and not is_integer(operand):
                 groups[_group(layout, node, operand)].append(str(operand.target))
     return Reading(*(tuple(dict.fromkeys(groups[k])) for k in ("column", "row", "whole")))
 
@@ -101,9 +101,8 @@ def reading(unit: Unit, layout: Layout) -> Reading:
 def _group(layout: Layout, node: fx.Node, weight: fx.Node) -> str:
     if layout.parameters[str(weight.target)].kind is not Kind.SPLIT:
         return "whole"
-    looked_up = any(is_integer(o) for o in tensor_operands(node))
     summed = layout.choices[node].result.kind is Kind.PARTIAL
-    return "row" if summed and not looked_up else "column"
+    return "row" if summed and not entry_of(node).looks_up else "column"
 
 
 def placement_text(problem: Problem, chosen: Layout) -> list[str]:

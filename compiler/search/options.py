@@ -142,7 +142,7 @@ def parameter_share(graph: ModelGraph, placements: dict[str, UnitPlacement], ran
     """Of the model's parameters, how much one tensor rank holds."""
     local = whole = 0
     for instance in graph.instances:
-        for path, parameter in graph.units[instance.unit].parameters.items():
+        for path, parameter in graph.units[instance.unit].weights().items():
             state = parse_state(placements[instance.unit].parameters[path])
             local += numel(local_shape(parameter.shape, state, ranks))
             whole += numel(parameter.shape)

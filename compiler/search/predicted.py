@@ -24,9 +24,10 @@ def rounded(value: float) -> float:
 def model_object(space: Space) -> Number:
     graph = space.graph(1)
     count = sum(math.prod(p.shape) for _, p in graph.parameters())
+    active = sum(p.active_elements for _, p in graph.parameters())
     return {
         "parameters": count,
-        "parameters_active": count,
+        "parameters_active": active,
         "parameters_trained": count,
         "flops_per_token": rounded(flops_per_token(space)),
     }

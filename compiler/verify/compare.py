@@ -106,7 +106,8 @@ def expected(
         rows = tokens[start : start + graph.sequences]
         samples = torch.arange(start, start + len(rows))
         loss = reference.loss(rows[:, :-1], rows[:, 1:], samples) / targets
-        loss.backward()
+        inside = [part / targets for part in reference.auxiliary]
+        torch.stack([loss, *inside]).sum().backward()
         total = total + loss.detach()
     gradients = {
         n: (p.grad if p.grad is not None else torch.zeros_like(p)) for n, p in leaves.items()

@@ -6,8 +6,10 @@ ZeRO level, schedule, recomputation and unevenness are the plan's own.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import lcm
 
 from llmspec.compiler import schedules
 from llmspec.compiler.plan import MeshSizes, Plan
@@ -17,6 +19,7 @@ from llmspec.dsl.program import (
     Binding,
     Block,
     BlockUse,
+    Call,
     Expr,
     Model,
     Operator,
@@ -40,7 +43,7 @@ def shrink(program: Program, plan: Plan, largest: int = 2) -> tuple[Program, Pla
     model = program.model
     blocks = plan.stages[-1][1] - 2
     if isinstance(model, Model):
-        model = small_model(model, stages, largest)
+        model = small_model(model, stages, largest, mesh.expert)
         blocks = block_count(model)
     microbatch, microbatches = min(plan.microbatch, 2), min(plan.microbatches, 4)
     sequence = TOKENS if isinstance(program.model, Model) else program.train.sequence_length
@@ -104,10 +107,14 @@ def small_stages(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """widths: large -> small. heads: at most so many key/value heads, and twice as many heads."""
+    """widths: large -> small. heads: at most so many key/value heads, and twice as many heads.
+
+    expert_ranks: what divides the number of experts.
+    """
 
     widths: dict[int, int]
     heads: int
+    expert_ranks: int = 1
 
 
 def block_count(model: Model) -> int:
@@ -127,9 +134,9 @@ def block_count(model: Model) -> int:
     return len(kinds[first:last])
 
 
-def small_model(model: Model, stages: int, largest: int = 2) -> Model:
+def small_model(model: Model, stages: int, largest: int = 2, expert_ranks: int = 1) -> Model:
     """Every size small, equal sizes equal, and enough blocks for an uneven cut into stages."""
-    sizes = Sizes(widths=_sizes(model), heads=largest)
+    sizes = Sizes(widths=_sizes(model), heads=largest, expert_ranks=expert_ranks)
     repeats = sum(len(b.value.body) for b in model.body if isinstance(b.value, Repeat))
     wanted = stages + 1 if stages > 1 else 2
     rounds = -(-wanted // max(repeats, 1))
@@ -174,12 +181,21 @@ def _sizes(model: Model) -> dict[int, int]:
     """Widths of the model -> small widths, distinct where they were."""
     widths = {model.width}
     for operator in _operators(model):
-        for name, value in operator.options:
+        for name, value in _flat(operator.options):
             if name in WIDTHS and isinstance(value, int) and value != model.vocab:
                 widths.add(value)
     return {w: 32 + 16 * i for i, w in enumerate(sorted(widths))} | {
         model.vocab: _vocab(model.vocab)
     }
+
+
+def _flat(options: Iterable[tuple[str, Option | Call]]) -> Iterator[tuple[str, Option]]:
+    """Those of calls inside (`expert=swiglu(ffn=…)`) too."""
+    for name, value in options:
+        if isinstance(value, Call):
+            yield from _flat(value.options)
+        else:
+            yield name, value
 
 
 def _vocab(size: int) -> int:
@@ -190,10 +206,18 @@ def _context(_: int) -> int:
     return TOKENS
 
 
-def _option(name: str, value: Option, sizes: Sizes, options: dict[str, Option]) -> Option:
+Options = dict[str, Option | Call]
+
+
+def _option(name: str, value: Option | Call, sizes: Sizes, options: Options) -> Option | Call:
+    if isinstance(value, Call):
+        inner = tuple((n, _option(n, v, sizes, {})) for n, v in value.options)
+        return replace(value, options=inner)
     if not isinstance(value, int) or isinstance(value, bool):
         return value
     match name:
+        case "experts" | "top_k" | "groups" | "top_groups":
+            return _mixture(options, sizes)[name]
         case "width" | "out" | "ffn":
             return sizes.widths[value]
         case "vocab":
@@ -212,6 +236,23 @@ def _option(name: str, value: Option, sizes: Sizes, options: dict[str, Option]) 
             return min(value, 5)
         case _:
             return value
+
+
+def _mixture(options: Options, sizes: Sizes) -> dict[str, int]:
+    """Few experts, that groups and ranks still divide, of which a token still picks some."""
+    large = {k: int(options[k]) for k in ("experts", "top_k", "groups", "top_groups")}  # type: ignore[arg-type]
+    groups = min(large["groups"], 4)
+    fewer = large["top_groups"] < large["groups"]
+    top_groups = min(large["top_groups"], max(groups // 2, 1)) if fewer else groups
+    top_k = min(large["top_k"], 2)
+    unit = lcm(groups, sizes.expert_ranks)
+    experts = unit * -(-max(2 * groups, 4) // unit)
+    return {
+        "experts": min(experts, large["experts"]),
+        "top_k": top_k,
+        "groups": groups,
+        "top_groups": top_groups,
+    }
 
 
 def _operator(operator: Operator, sizes: Sizes) -> Operator:

@@ -40,6 +40,7 @@ CODES = {
     "E0218": "something is never used",
     "E0219": "a tie does not hold",
     "E0220": "rotary positions need an even head size",
+    "E0221": "the experts and the choice among them do not fit",
     # quantities and hardware
     "E0301": "units are mixed",
     "E0302": "a unit is missing or wrong",

@@ -56,6 +56,22 @@ def of(*sizes: int) -> Shape:
     return Shape(sizes)
 
 
+@dataclass(frozen=True)
+class Whole:
+    """An operand of integers."""
+
+    name: str
+    value: Tensor
+
+
+X, P, R = 4, 2, B * T * 2
+PICKS = torch.tensor([[0, 1], [1, 3], [3, 0], [1, 0], [3, 1], [0, 3], [1, 3], [3, 0]]).view(B, T, P)
+EXPERTS = Whole("experts", PICKS)
+DROPPED = Whole("experts", torch.where(torch.arange(R).view(B, T, P) % 5 == 0, ~PICKS, PICKS))
+ORDER = Whole("order", PICKS.flatten().argsort(stable=True))
+COUNTS = Whole("counts", torch.bincount(PICKS.flatten(), minlength=X))
+LOAD = Whole("load", torch.zeros(2, X, dtype=torch.int64))
+LOGITS = of(B, T, X)
 CAT = Call(target="cat.default", args=((Slot(0), Slot(1)), -1))
 WIDE = of(B, T, D)
 QUERY, KEY = of(B, T, H, E), of(B, T, K, E)
@@ -91,6 +107,31 @@ SAMPLES = (
     Sample("flatten", (QUERY, 2)),
     Sample("select", (of(B, T, 3, D), -2, 1)),
     Sample("opaque", (WIDE, WIDE, CAT)),
+    Sample("router", (WIDE, of(X, D))),
+    Sample("choose_experts", (LOGITS, 2, "softmax", 1, 1)),
+    Sample("choose_experts", (LOGITS, 2, "sigmoid", 2, 1, of(X)), " groups"),
+    Sample("drop_over_capacity", (EXPERTS, X, 2)),
+    Sample("sequence_load", (DROPPED, X)),
+    Sample(
+        "balance_loss",
+        (LOGITS, Whole("load", torch.tensor([[3, 1, 0, 4]] * B)), 0.1, "softmax", 2, T),
+    ),
+    Sample(
+        "balance_loss",
+        (LOGITS, Whole("load", torch.tensor([[3, 1, 0, 4]] * B)), 0.1, "sigmoid", 2, T),
+        " sigmoid",
+    ),
+    Sample("z_loss", (LOGITS, 0.1)),
+    Sample("gate_weights", (LOGITS, EXPERTS, "softmax", True, 1.0)),
+    Sample("gate_weights", (LOGITS, DROPPED, "softmax", False, 2.0), " scores"),
+    Sample("gate_weights", (LOGITS, DROPPED, "sigmoid", True, 2.5), " sigmoid"),
+    Sample("expert_order", (EXPERTS, False)),
+    Sample("expert_order", (DROPPED, True), " drops"),
+    Sample("expert_counts", (DROPPED, LOAD, X)),
+    Sample("dispatch", (WIDE, ORDER, P)),
+    Sample("grouped_linear", (of(R, D), of(X, 6, D), COUNTS)),
+    Sample("grouped_bias", (of(R, 6), of(X, 6), COUNTS)),
+    Sample("combine", (of(R, D), of(B, T, P), ORDER)),
 )
 
 
@@ -101,6 +142,8 @@ def unit_of(sample: Sample) -> Unit:
     for i, value in enumerate(sample.arguments):
         if isinstance(value, Shape):
             arguments.append(b.parameter(f"w{i}", tuple(value), "", Init("constant")))
+        elif isinstance(value, Whole):
+            arguments.append(b.input(value.name, tuple(value.value.shape), "", torch.int64))
         elif value in INTEGER_INPUTS and isinstance(value, str):
             arguments.append(b.input(value, (B,) if value == "samples" else (B, T), ""))
         else:
@@ -151,12 +194,15 @@ def run_printed(node: fx.Node, tensors: Sequence[Tensor], rank: int) -> Tensor:
     return eval(printed.text, known | {"torch": torch, "F": F, "SEED": 3})
 
 
-def values_of(unit: Unit, seed: int) -> list[Tensor]:
+def values_of(unit: Unit, sample: Sample, seed: int) -> list[Tensor]:
     draw = torch.Generator().manual_seed(seed)
+    given = {a.name: a.value for a in sample.arguments if isinstance(a, Whole)}
     values = []
     for node in tensor_operands(call_of(unit)):
         shape = node.meta["shape"]
-        if node.op == "placeholder":
+        if str(node.target) in given:
+            values.append(given[str(node.target)].clone())
+        elif node.op == "placeholder":
             values.append(torch.randint(0, V, shape, generator=draw))
         else:
             values.append(torch.randn(shape, generator=draw, dtype=torch.float64) + 0.1)
@@ -191,6 +237,8 @@ def with_gradients(
 ) -> tuple[Tensor, list[Tensor | None]]:
     leaves = [v.clone().requires_grad_(v.is_floating_point()) for v in values]
     result = function(leaves)
+    if not result.is_floating_point():
+        return result, [None] * len(leaves)
     result.backward(gradient)
     return result.detach(), [leaf.grad for leaf in leaves]
 
@@ -198,7 +246,7 @@ def with_gradients(
 @pytest.mark.parametrize(("sample", "choice"), CASES)
 def test_placed_equals_whole(sample: Sample, choice: Choice) -> None:
     unit = unit_of(sample)
-    node, values = call_of(unit), values_of(unit, seed=1)
+    node, values = call_of(unit), values_of(unit, sample, seed=1)
     whole = lowered(unit, legal(sample)[0])
     draw = torch.Generator().manual_seed(7)
     gradient = torch.randn(node.meta["shape"], generator=draw, dtype=torch.float64)
@@ -214,7 +262,8 @@ def test_placed_equals_whole(sample: Sample, choice: Choice) -> None:
         result, grads = with_gradients(
             lambda x, rank=rank: run_printed(local, x, rank), own, gradients[rank]
         )
-        assert tuple(result.shape) == local_shape(node.meta["shape"], choice.result, RANKS)
+        rows = sample.name == "expert_order"  # as many as were kept
+        assert rows or tuple(result.shape) == local_shape(node.meta["shape"], choice.result, RANKS)
         results.append(result)
         found.append(grads)
     torch.testing.assert_close(put_together(results, choice.result, gradient=False), expected)
@@ -228,7 +277,7 @@ def test_placed_equals_whole(sample: Sample, choice: Choice) -> None:
 def test_printed_means_what_the_entry_says(sample: Sample) -> None:
     """The text of the whole operator against its function, which the reference runs."""
     unit = unit_of(sample)
-    values = values_of(unit, seed=2)
+    values = values_of(unit, sample, seed=2)
     given = iter(values)
     node = call_of(unit)
     arguments = [next(given) if isinstance(a, fx.Node) else a for a in node.args]
@@ -246,9 +295,13 @@ def test_every_operator_has_a_sample() -> None:
 
 
 def test_splits_are_tried() -> None:
-    """The cases are not only whole ones: every operator but the opaque one can be split."""
+    """The cases are not only whole ones: every operator can be split, but the opaque one and those
+    that choose experts."""
     split = {s.name for s in SAMPLES for c in legal(s) if c.factor}
-    assert split == set(BY_NAME) - {"opaque"}
+    nodes = {s.name: call_of(unit_of(s)) for s in SAMPLES}
+    choosing = {name for name, node in nodes.items() if entry_of(node).rule(node).chooses}
+    assert split == set(BY_NAME) - choosing - {"opaque"}
+    assert len(choosing) == 5
 
 
 @pytest.mark.parametrize("part", ("function", "rule", "flops", "saved", "render"))
