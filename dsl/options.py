@@ -29,6 +29,7 @@ class Kind(StrEnum):
     TEXTS = "a string, or a list of strings"
     PAIR = "two numbers from 0 up to 1, as (0.9, 0.95)"
     WORD_OR_TEXT = "one of the words, or a string"
+    WORD_OR_NUMBER = "one of the words, or a number above 0"
     CALL = "a call"
     TIE = "the name of an embedding"
 
@@ -326,15 +327,9 @@ PHASES = (
 )
 
 
-def part(name: str, default: str, *others: str) -> OptionRow:
-    return OptionRow(
-        name=name,
-        kind=Kind.WORD,
-        words=(default, *others),
-        default=default,
-        now=(default,),
-        none=True,
-    )
+def part(name: str, default: str, *others: str, none: bool = False) -> OptionRow:
+    words = (default, *others)
+    return OptionRow(name=name, kind=Kind.WORD, words=words, default=default, none=none)
 
 
 PRECISIONS = (
@@ -342,12 +337,27 @@ PRECISIONS = (
     CallRow(
         name="bf16",
         options=(
-            part("master", "fp32"),
+            part("master", "fp32", none=True),
             part("moments", "fp32", "bf16"),
             part("reduce", "fp32", "bf16"),
+            part("rounding", "nearest", "stochastic"),
         ),
     ),
-    *(CallRow(name=name, meaning=False) for name in ("fp16", "fp8", "mxfp8", "nvfp4")),
+    CallRow(
+        name="fp16",
+        options=(
+            OptionRow(
+                name="scale", kind=Kind.WORD_OR_NUMBER, words=("dynamic",), default="dynamic"
+            ),
+            OptionRow(
+                name="grow_every", kind=Kind.COUNT, none=True, default_text="2000 if dynamic"
+            ),
+            part("master", "fp32", none=True),
+            part("moments", "fp32", "bf16"),
+            part("reduce", "fp32", "fp16"),
+        ),
+    ),
+    *(CallRow(name=name, meaning=False) for name in ("fp8", "mxfp8", "nvfp4")),
 )
 OBJECTIVES = (
     CallRow(name="next_token"),

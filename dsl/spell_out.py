@@ -358,7 +358,10 @@ def cluster_text(cluster: Cluster) -> str:
 # Training
 
 
-CALL_WORDS = ("bytes", "uint16", "uint32", "fp32", "bf16", "off", "on")
+CALL_WORDS = (
+    *("bytes", "uint16", "uint32", "fp32", "bf16", "fp16", "off", "on"),
+    *("nearest", "stochastic", "dynamic"),
+)
 
 
 def call_text(call: Call) -> str:

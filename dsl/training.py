@@ -13,6 +13,7 @@ from llmspec.dsl.choices import read_call, read_options
 from llmspec.dsl.diagnostics import Fault, fault, listing
 from llmspec.dsl.hardware import equal_only, settings_of
 from llmspec.dsl.parameters import count_parameters
+from llmspec.dsl.precisions import check_device, check_parts
 from llmspec.dsl.program import AnyModel, Call, Cluster, Every, Model, Option, Span, Train
 from llmspec.dsl.units import EXAMPLES, Dimension, Measure
 from llmspec.dsl.values import Word, evaluate, no_meaning, plain, show, whole
@@ -66,7 +67,7 @@ class Reader:
         steps = self.attempt(lambda: self.steps(sequence, batch)) if sequence and batch else None
         optimizer = self.attempt(self.optimizer)
         phases = self.attempt(lambda: self.phases(optimizer, steps[0] if steps else None))
-        precision = self.attempt(self.precision)
+        precision = self.attempt(lambda: self.precision(optimizer))
         objective = self.attempt(self.objective)
         validate = self.attempt(lambda: self.event("validate", None))
         checkpoint = self.attempt(lambda: self.event("checkpoint", DEFAULT_CHECKPOINT))
@@ -225,18 +226,13 @@ class Reader:
             raise no_meaning(f"training a model that reads {inputs}", self.nodes["model"].span)
         return call
 
-    def precision(self) -> Call:
+    def precision(self, optimizer: Call | None) -> Call:
         cluster = self.context.cluster
         default = "bf16" if cluster and "bf16" in cluster.device.peak_flops else "fp32"
         call = self.choice("precision", options.PRECISIONS, default)
-        if cluster and call.name == "bf16" and call.name not in cluster.device.peak_flops:
-            raise fault(
-                "E0508",
-                f"`{cluster.device.name}` has no {call.name}",
-                self.nodes["precision"].span,
-                "it has " + ", ".join(cluster.device.peak_flops),
-                helps=("write `precision = fp32`",),
-            )
+        if cluster:
+            check_device(call, cluster)
+        check_parts(call, optimizer)
         return call
 
     def phases(self, optimizer: Call | None, steps: int | None) -> tuple[Call, ...]:

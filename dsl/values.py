@@ -227,6 +227,10 @@ def checked(row: OptionRow, value: Value, span: Span, what: str) -> Option:
             if isinstance(value, str):
                 return value
             return word(row, value, span, what)
+        case Kind.WORD_OR_NUMBER:
+            if isinstance(value, Word):
+                return word(row, value, span, what)
+            return real(Kind.POSITIVE, value, span, what)
         case Kind.TIE:
             if isinstance(value, bool | str):
                 return value

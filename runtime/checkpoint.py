@@ -253,14 +253,15 @@ def _make_optimizer_state(model: Models, optimizer: Optimizer, saved: Mapping[st
             continue
         for key in keys.get(name, ()):
             stored = saved[f"optimizer/{name}/{key}"]
-            dtype = stored.properties.dtype
             home = updated_by(optimizer, p)
             if stored.size == p.shape:
+                # a run in another precision goes on in its own types: reading converts
+                dtype = getattr(optimizer, "moments", None) or p.dtype
                 optimizer.state[p][key] = torch.zeros_like(home, dtype=dtype, requires_grad=False)
             else:
                 # PyTorch counts steps on the CPU, but its fused and capturable kernels do not
                 near = groups[p].get("fused") or groups[p].get("capturable")
-                device = home.device if near else "cpu"
+                device, dtype = home.device if near else "cpu", stored.properties.dtype
                 optimizer.state[p][key] = torch.zeros(stored.size, dtype=dtype, device=device)
 
 

@@ -18,22 +18,26 @@ def clip_(
     max_norm: float | None,
     *,
     counted_elsewhere: Collection[nn.Parameter] = (),
+    loss_scale: float = 1.0,
 ) -> Tensor:
     """Scale all gradients by max_norm / norm if norm > max_norm; returns the norm before (float64).
 
+    loss_scale: what the loss was multiplied with; gradients are divided by it in the same pass, and
+        the norm is that of the quotients. It is not finite if any gradient of any rank is not.
     max_norm: None only measures.
     counted_elsewhere: copies of tied weights that another pipeline rank counts; scaled as well.
     """
     with_gradient = [p for p in parameters if p.grad is not None]
     skip = {id(p) for p in counted_elsewhere}
     counted = [p for p in with_gradient if id(p) not in skip]
-    norm = _norm(counted, mesh)
+    norm = _norm(counted, mesh) / loss_scale
+    scale = torch.ones_like(norm)
     if max_norm is not None:
         # the 1e-6 is that of torch.nn.utils.clip_grad_norm_
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        if with_gradient:
-            gradients = [local_gradient(p) for p in with_gradient]
-            torch._foreach_mul_(gradients, scale.to(gradients[0].device))
+    if with_gradient and (max_norm is not None or loss_scale != 1.0):
+        gradients = [local_gradient(p) for p in with_gradient]
+        torch._foreach_mul_(gradients, (scale / loss_scale).to(gradients[0].device))
     return norm
 
 

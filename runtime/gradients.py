@@ -39,14 +39,20 @@ def partial_parameters(model: nn.Module, mesh: Mesh) -> list[str]:
     return [name for name, _ in model.named_parameters() if name in wanted and wanted[name].partial]
 
 
-def sum_over(parameters: Iterable[nn.Parameter], axis: Axis) -> None:
-    """Sum local gradients over the ranks in place: one all-reduce for each dtype."""
+def sum_over(
+    parameters: Iterable[nn.Parameter], axis: Axis, reduce: torch.dtype | None = None
+) -> None:
+    """Sum local gradients over the ranks in place: one all-reduce for each dtype.
+
+    reduce: what they are summed in, if not in their own dtype.
+    """
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for p in parameters:
         gradient = local_gradient(p)
         by_dtype.setdefault(gradient.dtype, []).append(gradient)
     for gradients in by_dtype.values():
         flat = torch.cat([g.reshape(-1) for g in gradients])
+        flat = flat if reduce is None else flat.to(reduce)
         dist.all_reduce(flat, group=axis.group)
         parts = flat.split([g.numel() for g in gradients])
         sums = [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]

@@ -85,10 +85,10 @@ def fill(
         case Constant():
             local.fill_(init.value)
         case Normal():
-            for part, index in _chunks(local, global_shape, offsets):
+            for part, index in chunks(local, global_shape, offsets):
                 part.copy_(random.normal(seed, name, index).mul_(init.std).add_(init.mean))
         case Uniform():
-            for part, index in _chunks(local, global_shape, offsets):
+            for part, index in chunks(local, global_shape, offsets):
                 width = init.high - init.low
                 part.copy_(random.uniform(seed, name, index).mul_(width).add_(init.low))
         case Rows():
@@ -137,7 +137,7 @@ def _fill(p: Tensor, init: Init, seed: int, name: str, device: torch.device) -> 
         part.copy_(near)
 
 
-def _chunks(
+def chunks(
     local: Tensor, global_shape: tuple[int, ...], offsets: tuple[int, ...]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(flat part of local, its flat positions in the whole tensor), _CHUNK numbers at a time."""

@@ -141,7 +141,8 @@ class Metrics:
             {
                 "step": pending.step,
                 "loss": loss,
-                "gradient_norm": norm,
+                # JSON has no infinity: the norm of a step whose gradients overflowed is null
+                "gradient_norm": norm if math.isfinite(norm) else None,
                 "learning_rate": pending.lr,
                 "tokens": pending.step * self.tokens_per_step,
                 "seconds": pending.seconds,
@@ -241,11 +242,11 @@ class _Log:
 
             self.board = SummaryWriter(path.parent / "tensorboard", purge_step=first + 1)
 
-    def write(self, values: dict[str, float]) -> None:
+    def write(self, values: Mapping[str, float | None]) -> None:
         self.file.write(json.dumps(values) + "\n")
         if self.board is not None:
             for name, value in values.items():
-                if name != "step":
+                if name != "step" and value is not None:
                     self.board.add_scalar(name, value, values["step"])
 
     def close(self) -> None:

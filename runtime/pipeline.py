@@ -37,6 +37,12 @@ class Gradients(Protocol):
     def evaluation(self) -> Any: ...
 
 
+class Scale(Protocol):
+    """A LossScale."""
+
+    value: float
+
+
 class Action(NamedTuple):
     stage: int
     kind: str
@@ -72,7 +78,8 @@ class Executor:
 
     A stage is called as module(x, targets_BT, samples_B); x is tokens_BT on the first stage, else
     what the stage before returned, of shape and dtype `boundary`. The last returns the sum of its
-    token losses; the executor divides it by batch.target_tokens.
+    token losses; the executor divides it by batch.target_tokens. loss_scale: gradients come out
+    multiplied with its value.
     """
 
     def __init__(
@@ -85,9 +92,11 @@ class Executor:
         microbatches: int,
         boundary: tuple[tuple[int, ...], torch.dtype],
         tied: Sequence[TiedWeights] = (),
+        loss_scale: Scale | None = None,
     ):
         self.stages, self.gradients, self.mesh = stages, gradients, mesh
         self.microbatches, self.boundary, self.tied = microbatches, boundary, tied
+        self.loss_scale = loss_scale
         lists = {rank: [_parse(word) for word in words] for rank, words in actions.items()}
         self.owner = {a.stage: rank for rank, own in lists.items() for a in own}
         self.last_stage = max(self.owner)
@@ -182,6 +191,9 @@ class Executor:
         is_last = stage == self.last_stage
         if is_last:
             out = out / step.divisor
+            if step.train and self.loss_scale is not None:
+                # where its backward looks for what comes from behind
+                step.gradients[stage + 1, m] = torch.full_like(out, self.loss_scale.value)
         elif stage + 1 in self.stages:
             step.inputs[stage + 1, m] = out.detach()
         if step.train or not (is_last or stage + 1 in self.stages):

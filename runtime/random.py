@@ -78,6 +78,16 @@ def dropout(
     return _Mask.apply(x, keep, 1.0 / (1.0 - p) if p < 1.0 else 0.0)
 
 
+def round_to_bfloat16(x: Tensor, random_bits: Tensor) -> Tensor:
+    """One of the two neighbours of float32 x, the nearer one the likelier: x on average.
+
+    random_bits: 64 of them (int64) for each element; the upper 16 decide.
+    """
+    # the lower half of the pattern is the share of the way to the next one: a sum that carries
+    raised = x.view(torch.int32) + _shift_right(random_bits, 48).int()
+    return (raised & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+
+
 def whole_index(
     local_shape: tuple[int, ...],
     start: tuple[int | Tensor, ...],

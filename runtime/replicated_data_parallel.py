@@ -19,6 +19,7 @@ from .split_backward import Product
 # Large enough to use the links, small enough for the first sums to start early: on two processes
 # over Gloo, buckets of a sixth of a 13 MB model beat a single one by a tenth of the step.
 _BUCKETS, _MAX_BUCKET_BYTES = 6, 25 * 2**20
+_COPIES = 2  # buckets under way at a time in another dtype than their own
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,13 +79,10 @@ class ReplicatedGradients:
         for bucket in self.buckets[self.state.launched :]:
             self._launch(bucket)  # some parameter of it took no part in the loss
         for bucket in self.buckets:
-            bucket.work.wait()
-            if bucket.reduced is not None and bucket.reduced is not bucket.flat:
-                bucket.flat.copy_(bucket.reduced)
-            bucket.work = bucket.reduced = None
+            self._settle(bucket)
         if self.partial:
             named = dict(self.model.named_parameters())
-            sum_over([named[name] for name in self.partial], self.mesh.tensor)
+            sum_over([named[name] for name in self.partial], self.mesh.tensor, self.reduce)
 
     def zero(self) -> None:
         for p in self.model.parameters():
@@ -160,6 +158,19 @@ class ReplicatedGradients:
         bucket.reduced = bucket.flat if self.reduce is None else bucket.flat.to(self.reduce)
         group = bucket.axis.group
         bucket.work = dist.all_reduce(bucket.reduced, group=group, async_op=True)
+        if bucket.reduced is not bucket.flat and self.state.launched > _COPIES:
+            # copies of all buckets at once would be as large as the gradients
+            self._settle(self.buckets[self.state.launched - 1 - _COPIES])
+
+    @staticmethod
+    def _settle(bucket: _Bucket) -> None:
+        """Wait for the bucket's sum."""
+        if bucket.work is None or bucket.reduced is None:
+            return
+        bucket.work.wait()
+        if bucket.reduced is not bucket.flat:
+            bucket.flat.copy_(bucket.reduced)
+        bucket.work = bucket.reduced = None
 
 
 def _move_gradient(p: nn.Parameter, view: Tensor) -> None:

@@ -58,6 +58,7 @@ class ShardedGradients:
     ):
         assert zero in (1, 2, 3), f"ZeRO {zero} does not shard parameters"
         self.model, self.mesh, self.level = model, mesh, zero
+        self.reduce = reduce
         traits(model)  # keeps them: fully_shard replaces the parameters
         self.partial = partial_parameters(model, mesh)
         self.on_host = on_host
@@ -124,7 +125,7 @@ class ShardedGradients:
         self._stand_on_host()
         if self.partial:
             named = dict(self.model.named_parameters())
-            sum_over([named[name] for name in self.partial], self.mesh.tensor)
+            sum_over([named[name] for name in self.partial], self.mesh.tensor, self.reduce)
 
     def zero(self) -> None:
         """Only while no parameters are gathered: their gradients are others."""

@@ -12,7 +12,7 @@ from llmspec.compiler.cost.stage import Run, Stage
 from llmspec.compiler.cost.types import Types
 from llmspec.compiler.placement import Collective
 
-BUCKET_BYTES = 25 * 2**20
+BUCKETS, BUCKET_BYTES = 6, 25 * 2**20
 """Of ZeRO 0's reduction: the last one has nothing to hide behind."""
 
 GATHER, SCATTER, REDUCE = Collective.ALL_GATHER, Collective.REDUCE_SCATTER, Collective.ALL_REDUCE
@@ -83,6 +83,11 @@ def _sent_s(kind: Collective, width: int, unit: _Unit, groups: DataGroups) -> fl
     return shared + collective_s(kind, width * unit.experts, groups.experts)
 
 
+def bucket_elements(elements: int, types: Types) -> int:
+    """Of one bucket: the runtime cuts gradients into six, or more of at most BUCKET_BYTES."""
+    return min(-(-elements // BUCKETS), BUCKET_BYTES // types.gradients)
+
+
 def data_cost(
     stage: Stage, zero: int, microbatches: int, groups: DataGroups, types: Types, machine: Machine
 ) -> DataCost:
@@ -94,8 +99,8 @@ def data_cost(
 
 
 def _replicated(stage: Stage, groups: DataGroups, types: Types, machine: Machine) -> DataCost:
-    of_experts = types.gradients * stage.expert_elements
-    size = types.gradients * stage.elements - of_experts
+    of_experts = types.reduced * stage.expert_elements
+    size = types.reduced * stage.elements - of_experts
     tail = min(size, BUCKET_BYTES)
     buckets = -(-size // BUCKET_BYTES)
     latency = 2 * (buckets - 1) * groups.data.latency_s
@@ -119,7 +124,7 @@ def _sharded(
 ) -> DataCost:
     share = machine.overlap
     gather = [_sent_s(GATHER, types.compute, u, groups) for u in units]
-    scatter = [_sent_s(SCATTER, types.gradients, u, groups) for u in units]
+    scatter = [_sent_s(SCATTER, types.reduced, u, groups) for u in units]
     pairs = list(zip(units, gather, scatter, strict=True))
     opening = max(gather)  # nothing runs before the first parameters are there
     closing = max(scatter)
@@ -129,7 +134,7 @@ def _sharded(
     of_experts = sum(u.count * u.experts for u in units)
     size = sum(u.count * u.elements for u in units) - of_experts
     spare = sum(u.count * max(0.0, u.backward_s - s) for u, _, s in pairs)
-    part = types.gradients * -(-size // groups.shards.ranks)
+    part = types.reduced * -(-size // groups.shards.ranks)
     across = exposed_s(collective_s(REDUCE, part, groups.replicas), spare, share)
     sends = _sends(size, of_experts, part, zero, microbatches, groups, types)
     match zero:
@@ -159,7 +164,7 @@ def _sends(
     ):
         if where.ranks > 1 and elements:
             found.append((str(GATHER), axis, types.compute * elements, gathers))
-            found.append((str(SCATTER), axis, types.gradients * elements, scatters))
+            found.append((str(SCATTER), axis, types.reduced * elements, scatters))
     if groups.replicas.ranks > 1:
         found.append((str(REDUCE), "replicas", part, 1))
     return tuple(found)

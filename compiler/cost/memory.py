@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from llmspec.compiler.cost.data import bucket_elements
 from llmspec.compiler.cost.hardware import Machine
 from llmspec.compiler.cost.stage import Parts, Stage
 from llmspec.compiler.cost.types import Types
@@ -65,7 +66,7 @@ def ledger(stage: Stage, home: Residence, types: Types, machine: Machine) -> Led
     of_experts = types.compute if types.mixed and not home.gathers_experts else 0
     kept = stage.kept_bytes(cast, of_experts) + (stage.output_bytes if home.sends_on else 0)
     activations = home.in_flight * kept + stage.recomputed_bytes(cast, of_experts)
-    gradients = types.gradients * _gradient_elements(stage, home)
+    gradients = _gradient_bytes(stage, home, types)
     if home.zero == 0 and home.data == 1 and home.microbatches == 1:
         activations, gradients = _walk(stage, types, cast)
     return Ledger(
@@ -78,26 +79,27 @@ def ledger(stage: Stage, home: Residence, types: Types, machine: Machine) -> Led
     )
 
 
-def _gradient_elements(stage: Stage, home: Residence) -> int:
-    """ZeRO 1 keeps whole sums while it has micro-batches to add up, and the reduced parts beside
-    them."""
+def _gradient_bytes(stage: Stage, home: Residence, types: Types) -> int:
+    """ZeRO 1 keeps whole sums while it has micro-batches to add up, in the type of the reduction,
+    and the reduced parts beside them."""
     if home.zero == 0:
-        return stage.elements
-    part = home.parts.largest(stage.elements, stage.expert_elements)
+        return types.gradients * stage.elements
+    part = types.gradients * home.parts.largest(stage.elements, stage.expert_elements)
     if home.zero > 1 or home.microbatches == 1:
         return part
     summed = stage.elements if home.gathers_experts else stage.elements - stage.expert_elements
-    return summed + part
+    return types.reduced * summed + part
 
 
 def _gathered_bytes(stage: Stage, home: Residence, types: Types) -> int:
     """Weights in the compute type beyond what is stored, and the buffers of gradient reduction."""
     if home.zero == 0:
-        return stage.largest_elements * (types.compute if types.mixed else types.gradients)
+        own = stage.largest_elements * (types.compute if types.mixed else types.gradients)
+        return own + _copied_bytes(stage, home, types)
     # one unit's gradients as computed and as reduced, while another's are on their way
     experts = home.gathers_experts
     largest, next_largest = stage.largest_units(experts)
-    reducing = largest * (types.compute + types.gradients) + next_largest * types.gradients
+    reducing = largest * (types.compute + types.reduced) + next_largest * types.reduced
     if home.zero == 3:
         # one unit in use, the next one on its way; the root stays from its forward to its backward
         root = stage.root_elements - (0 if experts else stage.root_expert_elements)
@@ -105,6 +107,13 @@ def _gathered_bytes(stage: Stage, home: Residence, types: Types) -> int:
     else:
         held = stage.elements - (0 if experts else stage.expert_elements)
     return held * types.compute + reducing
+
+
+def _copied_bytes(stage: Stage, home: Residence, types: Types) -> int:
+    """Buckets on their way in another type than gradients are kept in: two at a time."""
+    if home.data == 1 or types.reduced == types.gradients:
+        return 0
+    return 2 * types.reduced * bucket_elements(stage.elements, types)
 
 
 def _walk(stage: Stage, types: Types, cast: int) -> tuple[int, int]:

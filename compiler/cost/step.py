@@ -54,7 +54,8 @@ class Tail:
 def optimizer_s(elements: int, types: Types, machine: Machine) -> float:
     """Gradients are read for clipping and again by the update; weights and moments read and
     written."""
-    moved = elements * (2 * types.gradients + 2 * types.weights + 2 * types.moments)
+    stored = 2 * types.gradients + 2 * types.weights + 2 * types.moments
+    moved = elements * (stored + types.scratch)
     return moved / machine.memory_bytes_per_s + 4 * machine.launch_s
 
 
@@ -73,7 +74,7 @@ def tail(
     held = parts.largest(stage.elements, stage.expert_elements)
     return Tail(
         data_s=data.first_s + data.last_s + shared_s,
-        tensor_s=collective_s(Collective.ALL_REDUCE, types.gradients * shadow, tensor),
+        tensor_s=collective_s(Collective.ALL_REDUCE, types.reduced * shadow, tensor),
         optimizer_s=optimizer_s(held, types, machine),
     )
 

@@ -36,7 +36,7 @@ class Style:
     """What all classes of one program share.
 
     cast: whether weights are stored in another type than they are used in, and cast by the module
-        itself.
+        itself. stored: the word of that type.
     cast_experts: the same for what the expert ranks have split.
     full: names of units that are recomputed whole in the backward.
     sent: what is said of an operator that sends by itself.
@@ -46,6 +46,7 @@ class Style:
     source: str
     cast: bool
     cast_experts: bool
+    stored: str
     full: frozenset[str]
     comment: Comment
     sent: Callable[[fx.Node], tuple[str, ...]]
@@ -111,6 +112,8 @@ def parameter_text(weight: Parameter, state: State, style: Style) -> str:
         parts.append(f"split={{{', '.join(split)}}}")
     if state.kind is Kind.SHADOW:
         parts.append("partial=True")
+    if style.stored != "fp32":
+        parts.append("dtype=STORED")
     if not weight.decay and len(weight.shape) >= 2:
         parts.append("decay=False")
     return f"parameter({', '.join(parts)})"

@@ -27,6 +27,7 @@ from llmspec.compiler.ops.collective import Move, sends
 from llmspec.compiler.ops.registry import Sends, shapes_of
 from llmspec.compiler.placement import Collective
 from llmspec.compiler.plan import Plan
+from llmspec.compiler.precision import BYTES, TORCH, WORDS, Precision
 
 LETTERS = {
     "B": "sequences",
@@ -61,10 +62,6 @@ VERBS = {
 Times = Callable[[Move | Sends], float | None]
 
 
-def element_bytes(precision: str) -> int:
-    return 2 if precision in ("bf16", "fp16") else 4
-
-
 @dataclass
 class Header:
     """What the top of a file says of the plan."""
@@ -95,7 +92,13 @@ class Header:
 
 class ModelPrinter:
     def __init__(
-        self, lowered: Lowered, *, precision: str, seed: int, spec: str, times: Times | None = None
+        self,
+        lowered: Lowered,
+        *,
+        precision: Precision,
+        seed: int,
+        spec: str,
+        times: Times | None = None,
     ):
         plan = lowered.plan
         self.lowered, self.plan, self.seed, self.spec = lowered, plan, seed, spec
@@ -104,9 +107,10 @@ class ModelPrinter:
         full = frozenset(u for u, policy in plan.recompute.items() if policy == "full")
         self.style = Style(
             source=spec,
-            cast=precision != "fp32" and plan.zero == 0,
+            cast=precision.mixed and plan.zero == 0,
             # ZeRO leaves experts that one rank alone has as they are stored
-            cast_experts=precision != "fp32" and (plan.zero == 0 or plan.mesh.expert_data == 1),
+            cast_experts=precision.mixed and (plan.zero == 0 or plan.mesh.expert_data == 1),
+            stored=precision.stored,
             full=full,
             comment=self.comment,
             sent=self.sent,
@@ -126,7 +130,7 @@ class ModelPrinter:
     def comment(self, move: Move, node: fx.Node) -> tuple[str, ...]:
         if not sends(node) or without_gradient(node):
             return ()
-        size = in_bytes(self._elements(move) * element_bytes(self.precision))
+        size = in_bytes(self._elements(move) * BYTES[self.precision.compute])
         forward, backward = move.conversion.forward, move.conversion.backward
         quiet = Collective.NONE
         time_s = self.times(move)
@@ -149,7 +153,7 @@ class ModelPrinter:
             elements = one.elements_forward or one.elements_backward
             if one.kind is Collective.ALL_TO_ALL:
                 elements //= ranks
-            size = in_bytes(one.count * elements * element_bytes(self.precision))
+            size = in_bytes(one.count * elements * BYTES[self.precision.compute])
             time_s = self.times(one)
             cost = size if time_s is None else f"{size}, {time_s * 1e3:.3g} ms predicted"
             text = f"{VERBS[one.kind]} over {one.axis}: {cost}"
@@ -232,7 +236,10 @@ class ModelPrinter:
             text.line(f"from {module} import {', '.join(sorted(names))}")
         text.blank()
         if self.style.cast or (self.style.cast_experts and self.plan.mesh.expert > 1):
-            text.line(f"COMPUTE = torch.{_TORCH[self.precision]}  # weights are stored in float32")
+            compute, stored = TORCH[self.precision.compute], WORDS[self.precision.stored]
+            text.line(f"COMPUTE = {compute}  # weights are stored in {stored}")
+        if self.precision.stored != "fp32":
+            text.line(f"STORED = {TORCH[self.precision.stored]}  # weights and their gradients")
         if self.lowered.whole.dropout:
             text.line(f"SEED = {self.seed}")
         if self.staged:
@@ -441,11 +448,8 @@ class ModelPrinter:
                     text.line(f"x = block(x{extra})")
 
 
-_TORCH = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
 def print_model(
-    lowered: Lowered, *, precision: str, seed: int, spec: str, times: Times | None = None
+    lowered: Lowered, *, precision: Precision, seed: int, spec: str, times: Times | None = None
 ) -> str:
     """model.py of the lowered program. times(move) -> seconds of its forward, or None."""
     return ModelPrinter(

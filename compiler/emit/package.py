@@ -11,6 +11,7 @@ from llmspec.compiler.emit.report import print_report
 from llmspec.compiler.emit.train import print_train
 from llmspec.compiler.lower import Lowered
 from llmspec.compiler.plan import to_json
+from llmspec.compiler.precision import precision_of
 from llmspec.dsl.program import Program
 
 RUNTIME = Path(__file__).resolve().parents[2] / "runtime"
@@ -54,7 +55,7 @@ def emit(
     train = program.train
     model = print_model(
         lowered,
-        precision=train.precision.name,
+        precision=precision_of(train),
         seed=train.seed,
         spec=lowered.plan.spec,
         times=times,

@@ -10,9 +10,8 @@ from llmspec.compiler.errors import InternalError
 from llmspec.compiler.lower import Lowered
 from llmspec.compiler.ops import routing
 from llmspec.compiler.ops.registry import shape_of
+from llmspec.compiler.precision import TORCH, WORDS, LossScale, precision_of
 from llmspec.dsl.program import Call, Option, Program
-
-TORCH_TYPES = {"fp32": "torch.float32", "bf16": "torch.bfloat16"}
 
 
 def literal(value: Option) -> str:
@@ -36,17 +35,19 @@ class TrainPrinter:
     def __post_init__(self) -> None:
         self.plan = self.lowered.plan
         self.train = self.program.train
-        self.precision = self.train.precision.name
+        self.precision = precision_of(self.train)
         self.staged = len(self.plan.stages) > 1
-        self.mixed = self.precision != "fp32"
         calls = {n.target for unit in self.lowered.whole.units.values() for n in unit.calls()}
         self.experts = routing.expert_counts in calls
         self.inner_losses = bool(calls & {routing.balance_loss, routing.z_loss})
+        # FSDP2 needs to be told of every type that is not the stored one
+        shorter = self.precision.mixed or self.precision.reduced != self.precision.stored
+        self.typed = shorter and self.plan.zero > 0
 
     # -- pieces
 
     def constants(self) -> None:
-        t, plan = self.train, self.plan
+        t, plan, p = self.train, self.plan, self.precision
         self.text.line(f"STEPS = {t.steps}")
         self.text.line(f"BATCH = {t.batch_sequences}  # sequences per step, over all processes")
         self.text.line(f"MICROBATCHES = {plan.microbatches}  # of {plan.microbatch} sequences each")
@@ -56,13 +57,14 @@ class TrainPrinter:
         self.text.line("FOLDER = Path(__file__).parent")
         self.text.line(f"FLOPS_PER_TOKEN = {self.model_flops_per_token:.6g}  # model, not hardware")
         if peak := self.peak():
-            self.text.line(f"PEAK_FLOPS = {peak:.6g}  # of one device, {self.precision}, dense")
-        sharded = self.mixed and plan.zero > 0
-        if self.staged or sharded:
-            stored = "  # weights are float32" if self.mixed else ""
-            self.text.line(f"COMPUTE = {TORCH_TYPES[self.precision]}{stored}")
-        if sharded:
-            self.text.line("REDUCE = torch.float32  # gradients are summed in it")
+            self.text.line(
+                f"PEAK_FLOPS = {peak:.6g}  # of one device, {self.precision.matrix}, dense"
+            )
+        if self.staged or self.typed:
+            stored = f"  # weights are {WORDS[p.stored]}" if p.mixed else ""
+            self.text.line(f"COMPUTE = {TORCH[p.compute]}{stored}")
+        if self.typed or p.reduced != p.stored:
+            self.text.line(f"REDUCE = {TORCH[p.reduced]}  # gradients are summed in it")
         if self.staged:
             self.actions()
 
@@ -87,9 +89,10 @@ class TrainPrinter:
         plan = self.plan
         if plan.zero == 0:
             self.imports.add("from runtime.replicated_data_parallel import ReplicatedGradients")
-            return f"ReplicatedGradients({model}, mesh)"
+            types = ", reduce=REDUCE" if self.precision.reduced != self.precision.stored else ""
+            return f"ReplicatedGradients({model}, mesh{types})"
         self.imports.add("from runtime.sharded_data_parallel import ShardedGradients")
-        types = ", compute=COMPUTE, reduce=REDUCE" if self.mixed else ""
+        types = ", compute=COMPUTE, reduce=REDUCE" if self.typed else ""
         return f"ShardedGradients({model}, mesh, units={model}.units(), zero={plan.zero}{types})"
 
     def data_moves(self) -> None:
@@ -118,6 +121,8 @@ class TrainPrinter:
             t.blank()
             with t.block("def __init__(self, mesh: Mesh):"):
                 t.line("self.mesh = mesh")
+                if scale := self.precision.loss_scale:
+                    self.loss_scale(scale)
                 if self.staged:
                     self.staged_init()
                 else:
@@ -128,6 +133,16 @@ class TrainPrinter:
             else:
                 self.single_step()
 
+    def loss_scale(self, scale: LossScale) -> None:
+        """What keeps float16 gradients in range."""
+        self.imports.add("from runtime.loss_scale import LossScale")
+        how = f"grow_every={scale.grow_every}" if scale.dynamic else "dynamic=False"
+        self.text.line(f"self.scale = LossScale({scale.start!r}, {how})")
+
+    def unscaled(self) -> str:
+        """An argument of `clip_`, which divides by the loss scale as it clips."""
+        return ", loss_scale=self.scale.value" if self.precision.loss_scale else ""
+
     def single_init(self) -> None:
         t = self.text
         t.line("self.model = Model(mesh)")
@@ -137,22 +152,29 @@ class TrainPrinter:
         t.line("self.models = [self.model]")
 
     def inner_scale(self) -> None:
-        """Losses inside the model are divided as the token loss is."""
+        """Losses inside the model are divided, and scaled, as the token loss is."""
         if self.inner_losses:
             self.imports.add("from runtime import auxiliary")
-            self.text.line("auxiliary.set_scale(1 / batch.target_tokens)")
+            scale = "self.scale.value" if self.precision.loss_scale else "1"
+            self.text.line(f"auxiliary.set_scale({scale} / batch.target_tokens)")
+
+    def step_docstring(self) -> str:
+        scaled = " times the loss scale" if self.precision.loss_scale else ""
+        what = f"Gradients of one batch{scaled}, summed over all processes"
+        return f'"""{what}; this process\'s loss."""'
 
     def single_step(self) -> None:
         t = self.text
         with t.block("def step(self, batch: Batch) -> Tensor:"):
-            t.line('"""Gradients of one batch, summed over all processes; this process\'s loss."""')
+            t.line(self.step_docstring())
             self.inner_scale()
             t.line("loss = torch.zeros((), device=self.mesh.device)")
             with t.block("for micro in batch.microbatches(MICROBATCHES):"):
                 t.line("self.gradients.before_microbatch(micro)")
                 t.line("part = self.model(micro.tokens_BT, micro.targets_BT, micro.samples_B)")
                 t.line("part = part / batch.target_tokens")
-                t.line("part.backward()")
+                scaled = "(part * self.scale.value)" if self.precision.loss_scale else "part"
+                t.line(f"{scaled}.backward()")
                 t.line("loss = loss + part.detach()")
             t.line("self.gradients.finish()")
             t.line("return loss")
@@ -170,7 +192,7 @@ class TrainPrinter:
         t.blank()
         with t.block("def clip(self, max_norm: float | None) -> Tensor:"):
             t.line('"""The norm of all gradients before clipping."""')
-            t.line("return clip_(self.model.parameters(), self.mesh, max_norm)")
+            t.line(f"return clip_(self.model.parameters(), self.mesh, max_norm{self.unscaled()})")
 
     def tied(self) -> str:
         """Weights of several stages: (name, owning stage, copy's stage)."""
@@ -205,6 +227,7 @@ class TrainPrinter:
         if tied:
             self.imports.add("from runtime.pipeline import TiedWeights")
         more = f", tied={tied}" if tied else ""
+        more += ", loss_scale=self.scale" if self.precision.loss_scale else ""
         t.line(
             "self.executor = Executor(stages=models, gradients=gradients, actions=ACTIONS, "
             f"mesh=mesh, microbatches=MICROBATCHES, boundary=({shape}, {kind}){more})"
@@ -213,7 +236,7 @@ class TrainPrinter:
     def staged_step(self) -> None:
         t = self.text
         with t.block("def step(self, batch: Batch) -> Tensor:"):
-            t.line('"""Gradients of one batch, summed over all processes; this process\'s loss."""')
+            t.line(self.step_docstring())
             self.inner_scale()
             t.line("return self.executor.step(batch)")
         t.blank()
@@ -225,7 +248,9 @@ class TrainPrinter:
             t.line('"""The norm of all gradients before clipping."""')
             t.line("own = [p for model in self.models for p in model.parameters()]")
             t.line("copies = self.executor.copies()")
-            t.line("return clip_(own, self.mesh, max_norm, counted_elsewhere=copies)")
+            t.line(
+                f"return clip_(own, self.mesh, max_norm, counted_elsewhere=copies{self.unscaled()})"
+            )
 
     # -- main
 
@@ -257,8 +282,9 @@ class TrainPrinter:
         with t.block("def main() -> None:"):
             t.line(f"mesh = start({axes})")
             t.line("trainer = Trainer(mesh)")
-            optimizer = self.call_text("optimizers", train.optimizer, ("clip",), "trainer.models")
-            t.line(f"optimizer = {optimizer}")
+            if self.precision.tf32:
+                t.line('torch.set_float32_matmul_precision("high")  # products in TF32')
+            t.line(f"optimizer = {self.optimizer()}")
             phases = [self.call_text("learning_rate", p) for p in train.learning_rate]
             peak = literal(train.optimizer.option("lr"))  # type: ignore[arg-type]
             t.line(f"rate = learning_rate.schedule({', '.join([peak, 'STEPS', *phases])})")
@@ -268,12 +294,26 @@ class TrainPrinter:
                 t.line(f"held_out = {self.dataset(held_out)}")  # type: ignore[arg-type]
             self.loop(literal(clip))  # type: ignore[arg-type]
 
+    def optimizer(self) -> str:
+        """PyTorch's own class, where weights and moments have one type."""
+        precision, call = self.precision, self.train.optimizer
+        if not precision.own_update:
+            return self.call_text("optimizers", call, ("clip",), "trainer.models")
+        self.imports.add("from runtime import short_optimizers")
+        text = self.call_text("short_optimizers", call, ("clip",), "trainer.models")
+        more = f", moments={TORCH[precision.moments]}"
+        if precision.stochastic:
+            more += ', rounding="stochastic", seed=SEED'
+        return text.removesuffix(")") + more + ")"
+
     def loop(self, clip: str) -> None:
         t, train = self.text, self.train
         keep = train.checkpoint.option("keep") if train.checkpoint else 1
         t.line(f'checkpoints = Checkpoints(str(FOLDER / "checkpoints"), mesh, keep={keep})')
         t.line("resumed = checkpoints.restore(trainer.models, optimizer)")
         t.line('first = resumed["step"] if resumed else 0')
+        if self.precision.loss_scale:
+            t.line("trainer.scale.restore(resumed)")
         peak = ", peak_flops=PEAK_FLOPS" if self.peak() else ""
         t.line(
             'metrics = Metrics(str(FOLDER / "log.jsonl"), mesh, steps=STEPS, first=first, '
@@ -296,13 +336,20 @@ class TrainPrinter:
         t.line("optimizers.set_learning_rate(optimizer, rate(step))")
         t.line("loss = trainer.step(data.batch(step, BATCH, mesh))")
         t.line(f"norm = trainer.clip({clip})")
-        t.line("optimizer.step()")
-        more = ""
+        figures = []
+        if self.precision.loss_scale:
+            t.line("# the norm is over all processes: if it is not finite, all skip this update")
+            with t.block("if trainer.scale.accepts(norm):"):
+                t.line("optimizer.step()")
+            figures.append("trainer.scale.report()")
+        else:
+            t.line("optimizer.step()")
         if self.experts:
             self.imports.add("from runtime.balance import balance_experts")
             t.line("loads = balance_experts(trainer.models, mesh)")
-            more = ", figures=loads"
+            figures.append("loads")
         t.line("done = step + 1")
+        more = f", figures={' | '.join(figures)}" if figures else ""
         t.line(f"stop = metrics.step(done, loss, norm, rate(step), stop=interrupts.asked{more})")
         if train.validate:
             count = train.validate.option("batches")
@@ -313,7 +360,8 @@ class TrainPrinter:
         every = f"done % {train.checkpoint.steps} == 0 or " if train.checkpoint else ""
         with t.block(f"if stop or {every}done == STEPS:"):
             t.line("metrics.flush()")
-            t.line("checkpoints.save(done, trainer.models, optimizer)")
+            extra = ", trainer.scale.state()" if self.precision.loss_scale else ""
+            t.line(f"checkpoints.save(done, trainer.models, optimizer{extra})")
         with t.block("if stop:"):
             t.line('metrics.say(f"stopped after step {done}; start again to go on from there")')
             t.line("break")
@@ -321,7 +369,7 @@ class TrainPrinter:
     def peak(self) -> float | None:
         """Peak operations per second of one device, in the type that products run in."""
         peaks = self.program.cluster.device.peak_flops
-        return peaks.get(self.precision) or peaks.get("fp32")
+        return peaks.get(self.precision.matrix) or peaks.get("fp32")
 
     # -- the file
 

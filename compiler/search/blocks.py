@@ -67,7 +67,7 @@ class Prices:
 def time_prices(machine: Machine, types: Types, microbatches: int = 8) -> Prices:
     """A parameter byte costs what a step really does with it: the optimizer reads and writes it,
     the data axis reduces its gradient over the network."""
-    share = types.gradients / types.bytes_per_parameter
+    share = types.reduced / types.bytes_per_parameter
     step = 2.0 / machine.memory_bytes_per_s + 2.0 * share / machine.network_bytes_per_s
     return Prices(parameter=step / microbatches, microbatches=microbatches)
 
@@ -163,7 +163,7 @@ def parameter_s(problem: Problem, node: fx.Node, state: State) -> float:
     elements = numel(local_shape(shape_of(node), state, problem.ranks))
     price = problem.prices.parameter * problem.types.bytes_per_parameter * elements
     if state == SHADOW:
-        size = problem.types.gradients * elements
+        size = problem.types.reduced * elements
         price += _reduced_s(problem, size) / problem.prices.microbatches
     return price
 

@@ -136,7 +136,7 @@ def collectives(space: Space, found: Candidate, stages: list[Stage]) -> list[Num
     parts = shape.grid.parts(found.zero, found.shards)
     summed = parts.largest(stage.shadow_elements, stage.expert_shadow_elements)
     if mesh.tensor > 1 and summed:
-        size = space.types.gradients * summed
+        size = space.types.reduced * summed
         counted[str(Collective.ALL_REDUCE), "tensor", mesh.tensor, size] += 1
     data = space.data_costs(shape, stages, found.zero, found.shards)[busiest]
     sizes = {

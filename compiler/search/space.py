@@ -346,7 +346,7 @@ class Space:
     def shared_weights(self, stages: list[Stage], mesh: MeshSizes, parts: int) -> tuple[int, float]:
         """(bytes, seconds) of summing the gradients of weights that two stages hold."""
         elements = max(s.tied_elements for s in stages)
-        size = self.types.gradients * -(-elements // parts)
+        size = self.types.reduced * -(-elements // parts)
         pair = group(2, mesh.world_size // mesh.pipeline, self.machine)
         return size, collective_s(Collective.ALL_REDUCE, size, pair)
 

@@ -80,7 +80,8 @@ def _run(task: Task, rank: int, store: str) -> dict[str, Any]:
     out: dict[str, Any] = {"coordinates": {a: getattr(mesh, a).rank for a in task.mesh}}
     out["parameters"] = _whole(trainer.models, gradients=False)
     out["loss"] = trainer.step(batch).double().cpu()
-    out["gradients"] = _whole(trainer.models, gradients=True)
+    scale = trainer.scale.value if hasattr(trainer, "scale") else 1.0
+    out["gradients"] = _whole(trainer.models, gradients=True, scale=scale)
     out["norm"] = trainer.clip(task.clip).double().cpu()
     out["clipped"] = _whole(trainer.models, gradients=True)
     out["tokens"] = data.read(torch.arange(train.BATCH))
@@ -93,13 +94,16 @@ def _set_types(modules: dict[str, Any], dtype: torch.dtype | None) -> None:
         return
     modules["runtime.parameters"].parameter.__kwdefaults__["dtype"] = dtype
     for module in (modules["model"], modules["train"]):
-        for constant in ("COMPUTE", "REDUCE"):
+        for constant in ("COMPUTE", "REDUCE", "STORED"):
             if hasattr(module, constant):
                 setattr(module, constant, dtype)
 
 
-def _whole(models: list[Any], *, gradients: bool) -> dict[str, torch.Tensor]:
-    """Every parameter (or its gradient) by name, put together from all ranks that hold a part."""
+def _whole(models: list[Any], *, gradients: bool, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    """Every parameter (or its gradient) by name, put together from all ranks that hold a part.
+
+    scale: what the loss was multiplied with.
+    """
     from torch.distributed.tensor import DTensor
 
     out: dict[str, torch.Tensor] = {}
@@ -109,5 +113,5 @@ def _whole(models: list[Any], *, gradients: bool) -> dict[str, torch.Tensor]:
             if value is None:
                 raise RuntimeError(f"{name} got no gradient")
             value = value.detach()
-            out[name] = (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+            out[name] = (value.full_tensor() if isinstance(value, DTensor) else value) / scale
     return out

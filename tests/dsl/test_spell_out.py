@@ -31,6 +31,21 @@ def test_devices(device):
     round_trip(MODEL + TRAIN + f"cluster pod {{ node = {node}; nodes = 2 }}\n")
 
 
+@pytest.mark.parametrize(
+    "precision",
+    [
+        "fp32(tf32=on)",
+        "bf16(master=none, moments=bf16, reduce=bf16, rounding=stochastic)",
+        "fp16",
+        "fp16(grow_every=10, reduce=fp16)",
+        "fp16(scale=1024)",
+        "fp16(scale=0.5, moments=bf16)",
+    ],
+)
+def test_precisions(precision):
+    round_trip(MODEL + CLUSTER + TRAIN.replace("steps", f"precision = {precision}; steps"))
+
+
 @pytest.mark.parametrize("name", ["llama3_8b", "llama3_2_1b", "gpt2_xl"])
 def test_library(name):
     source = "gpt2" if "gpt2" in name else "llama"

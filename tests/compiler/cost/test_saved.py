@@ -10,6 +10,7 @@ import torch
 from llmspec.compiler.build.model import build_model
 from llmspec.compiler.emit.model import print_model
 from llmspec.compiler.lower import lower
+from llmspec.compiler.precision import Precision
 from llmspec.compiler.search import search
 from tests.compiler.specs import CPU, cluster, gpt, llama, pin, program
 from tests.processes import run
@@ -48,7 +49,7 @@ def planned(name: str, ranks: int, sequence: str):
     spec = program(model, cluster(1, ranks, CPU), batch=2, precision="fp32", plan=tuple(pins))
     found = search(spec, lambda b: build_model(model, sequences=b, tokens=model.context))
     lowered = lower(build_model(model, sequences=2, tokens=model.context), found.plan)
-    text = print_model(lowered, precision="fp32", seed=1, spec="test")
+    text = print_model(lowered, precision=Precision(compute="fp32"), seed=1, spec="test")
     return text, found.plan.predicted["predicted"]["memory_bytes"]["activations"]
 
 
