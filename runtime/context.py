@@ -27,6 +27,22 @@ def token_positions(axis: Axis, count: int, device: Any = "cpu") -> Tensor:
     return torch.cat((first + low, first + high))
 
 
+def hidden_tokens(
+    axis: Axis, count: int, keys: int, device: Any, *, causal: bool, window: int | None = None
+) -> Tensor:
+    """Which of the sequence's `keys` tokens this rank's `count` must not look at: [count, keys]."""
+    query_T1, key_S = (
+        token_positions(axis, count, device)[:, None],
+        torch.arange(keys, device=device),
+    )
+    hidden_TS = torch.zeros(count, keys, dtype=torch.bool, device=device)
+    if causal:
+        hidden_TS |= key_S > query_T1
+    if window is not None:
+        hidden_TS |= (query_T1 - key_S).abs() >= window
+    return hidden_TS
+
+
 def own_tokens(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """This rank's part of a value that all ranks hold; backward: zeros elsewhere, so the gradient
     is a partial sum."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from torch import fx
@@ -99,11 +99,16 @@ def _bytes(entry: Entry, node: fx.Node, shapes: Shapes, width: int) -> tuple[int
     return read, result, gradients
 
 
+def in_bytes(saved: Saved, width: int) -> Saved:
+    extra = saved.extra_bytes + width * saved.extra_elements
+    return replace(saved, extra_bytes=extra, extra_elements=0)
+
+
 def operator_cost(node: fx.Node, shapes: Shapes, machine: Machine, width: int) -> OperatorCost:
     """`width`: bytes of an element in the compute type."""
     entry = entry_of(node)
     flops = entry.flops(node, shapes)
-    saved = entry.saved(node, shapes)
+    saved = in_bytes(entry.saved(node, shapes), width)
     read, result, gradients = _bytes(entry, node, shapes, width)
     working = result + gradients + saved.extra_bytes
     if entry.alias:

@@ -230,7 +230,8 @@ class _Tally:
             elements = (one.elements_forward, one.elements_backward)
             for count, seconds, forward in zip(elements, spent, (True, False), strict=True):
                 if count and self.inner[one.axis].ranks > 1:
-                    self.sends[one.axis, str(one.kind), self.width * count, forward] += one.count
+                    size = sent_width(one, self.width) * count
+                    self.sends[one.axis, str(one.kind), size, forward] += one.count
                     self.sent_s[one.axis, forward] += seconds
 
     def moves(self) -> list[Move]:
@@ -262,6 +263,10 @@ def sent_by(node: fx.Node, shapes: Shapes) -> tuple[Sends, ...]:
     return sends(node, shapes) if sends is not None else ()
 
 
+def sent_width(one: Sends, width: int) -> int:
+    return max(width, 4) if one.wide else width
+
+
 def operator_sends_s(
     one: Sends, cost: OperatorCost, inner: Mapping[str, Group], machine: Machine, width: int
 ) -> tuple[float, float]:
@@ -271,7 +276,7 @@ def operator_sends_s(
         (one.elements_forward, cost.forward_s),
         (one.elements_backward, cost.backward_s),
     ):
-        sent = one.count * collective_s(one.kind, width * elements, where)
+        sent = one.count * collective_s(one.kind, sent_width(one, width) * elements, where)
         found.append(exposed_s(sent, computing_s, machine.overlap) if one.hidden else sent)
     return found[0], found[1]
 

@@ -21,6 +21,7 @@ from llmspec.compiler.emit.forward import (
 from llmspec.compiler.emit.text import Text, quoted
 from llmspec.compiler.graph import Init, Parameter, Unit
 from llmspec.compiler.ops.collective import Move
+from llmspec.compiler.ops.context import context_dropout
 from llmspec.compiler.ops.dropout import dropout
 from llmspec.compiler.placement import Kind, State, parse_state
 from llmspec.compiler.reference import DROPOUTS_PER_INSTANCE
@@ -158,7 +159,7 @@ def used_axes(statements: list[str]) -> tuple[str, ...]:
 
 
 def has_dropout(nodes: tuple[fx.Node, ...] | list[fx.Node]) -> bool:
-    return any(n.op == "call_function" and n.target is dropout for n in nodes)
+    return any(n.op == "call_function" and n.target in (dropout, context_dropout) for n in nodes)
 
 
 def _section_nodes(section: Section) -> list[fx.Node]:

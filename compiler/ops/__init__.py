@@ -2,6 +2,8 @@
 
 from llmspec.compiler.ops import (  # noqa: F401
     attention,
+    context,
+    context_attention,
     dropout,
     elementwise,
     embedding,

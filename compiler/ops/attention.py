@@ -83,11 +83,14 @@ def _attention_flops(node: fx.Node, shapes: Shapes) -> float:
 
 
 def seen_share(node: fx.Node, shapes: Shapes) -> float:
+    t, s = shapes.operands[0][1], shapes.operands[1][1]
+    return visible_share(t, s, cast(bool, node.args[3]), cast(int | None, node.args[4]))
+
+
+def visible_share(t: int, s: int, causal: bool, window: int | None) -> float:
     """The share of the square that is looked at: one half when causal (by convention), a band
     with a window.
     """
-    t, s = shapes.operands[0][1], shapes.operands[1][1]
-    causal, window = node.args[3], cast(int | None, node.args[4])
     share = 0.5 if causal else 1.0
     if window is not None and window < s:
         band = min(1.0, window / s) * (1.0 if causal else 2.0)

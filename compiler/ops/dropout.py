@@ -51,11 +51,22 @@ def _render(node: fx.Node, args: Sequence[str], local: Localised) -> Printed:
     if local.factor:
         dim = int(local.factor[1:])
         starts[dim - 1] = f"{local.axis}.rank * {args[0]}.shape[{dim}]"
+    return printed(node, args, starts, whole)
+
+
+def printed(
+    node: fx.Node,
+    args: Sequence[str],
+    starts: Sequence[str],
+    whole: tuple[int, ...],
+    imports: tuple[tuple[str, str], ...] = (),
+) -> Printed:
+    """`starts`, `whole`: of a sample's dimensions."""
     text = (
         f"dropout({args[0]}, {args[2]}, {args[1]}, operator={_number(node)}, seed=SEED, "
         f"start={_tuple(starts)}, shape={whole}, training=self.training)"
     )
-    return Printed(text, (("runtime.random", "dropout"),))
+    return Printed(text, (("runtime.random", "dropout"), *imports))
 
 
 def _number(node: fx.Node) -> str:

@@ -146,6 +146,7 @@ class Saved:
     operands: tuple[int, ...] = ()
     result: bool = False
     extra_bytes: int = 0
+    extra_elements: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +155,8 @@ class Sends:
 
     elements_forward, elements_backward: of one collective, counted as `cost.network.collective_s`
         counts its bytes; 0: that direction sends nothing. count: how many of them.
-    hidden: they travel while this operator computes.
+    hidden: they travel while this operator computes. wide: in float32, whatever the operator
+        computes in.
     """
 
     axis: str
@@ -163,6 +165,7 @@ class Sends:
     elements_backward: int
     count: int = 1
     hidden: bool = False
+    wide: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +231,27 @@ class Localised:
     whole_result: Shape = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextForm:
+    """What takes an operator's place on a rank that has a part of the tokens.
+
+    function: an operator of the dialect. arguments: those that it takes after the operator's own.
+    operands, result: where it has them on the context axis.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    operands: tuple[State, ...]
+    result: State
+
+
+MakeForm = Callable[[fx.Node, tuple[State, ...], int, str], ContextForm | None]
+"""(node on whole sequences, where its operands are, context ranks, style) -> the form, or None
+where the rule alone says what to do."""
+
 REGISTRY: dict[Callable[..., Any], Entry] = {}
+CONTEXT_FORMS: dict[Callable[..., Any], MakeForm] = {}
+"""For operators that need to know where their tokens stand, or others' tokens."""
 BY_NAME: dict[str, Entry] = {}
 
 
