@@ -20,6 +20,7 @@ from llmspec.compiler.build.model import build_model
 from llmspec.compiler.cost.hardware import machine_of
 from llmspec.compiler.cost.network import axis_group, collective_s, inner_groups
 from llmspec.compiler.cost.types import types_of
+from llmspec.compiler.cost.unit import sent_width
 from llmspec.compiler.emit.package import emit, write
 from llmspec.compiler.errors import Refused, Unsupported
 from llmspec.compiler.graph import ModelGraph
@@ -174,7 +175,8 @@ def move_times(program: Program, plan: Plan) -> Callable[[Move | Sends], float |
     def time_s(move: Move | Sends) -> float | None:
         if isinstance(move, Sends):
             elements = move.elements_forward or move.elements_backward
-            return move.count * collective_s(move.kind, types.compute * elements, inner[move.axis])
+            size = sent_width(move, types.compute) * elements
+            return move.count * collective_s(move.kind, size, inner[move.axis])
         size = float(types.compute)
         for dim in move.whole_shape:
             size *= dim

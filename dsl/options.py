@@ -408,10 +408,8 @@ PLAN = {
         PlanRow(name="zero", least=0, most=3),
         PlanRow(name="tensor"),
         PlanRow(name="sequence", least=None, words=("on", "off")),
-        PlanRow(name="context", now=(1,)),
-        PlanRow(
-            name="context_style", least=None, words=("ring", "ulysses", "gather"), meaning=False
-        ),
+        PlanRow(name="context"),
+        PlanRow(name="context_style", least=None, words=("ring", "ulysses", "gather")),
         PlanRow(name="expert", now=(1,)),
         PlanRow(name="pipeline"),
         PlanRow(name="interleave", now=(1,)),

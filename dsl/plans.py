@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import gcd, prod
+from math import gcd, lcm, prod
 
 from llmspec.dsl import syntax
 from llmspec.dsl.diagnostics import Fault, SpecError, did_you_mean, fault, listing
@@ -15,7 +15,7 @@ from llmspec.dsl.parse import parse
 from llmspec.dsl.program import AnyModel, Cluster, Constraint, Model, Option, Relation, Span, Train
 from llmspec.dsl.values import Value, Word, evaluate, no_meaning, show, whole
 
-AXES = ("data", "tensor", "pipeline")
+AXES = ("data", "tensor", "context", "pipeline")
 
 
 def constraints_of(section: syntax.Section) -> tuple[list[Constraint], list[Fault]]:
@@ -218,7 +218,8 @@ def axes_fill_world(pins: Pins) -> None:
     if not sizes:
         return
     product = prod(sizes.values())
-    whole_mesh = len(sizes) == len(AXES)
+    # who pins all others says with `context` that what is left shares sequences
+    whole_mesh = set(AXES) - set(sizes) <= {"context"}
     if product == world or (not whole_mesh and world % product == 0):
         return
     *earlier, last = pins.spans(sizes)
@@ -228,7 +229,7 @@ def axes_fill_world(pins: Pins) -> None:
         f"{factors(sizes)} {verb} the cluster's {world} devices",
         last,
         secondary=[(span, "with this") for span in earlier],
-        helps=axis_help(sizes, world),
+        helps=axis_help(sizes, world, whole_mesh),
     )
 
 
@@ -238,16 +239,19 @@ def factors(sizes: dict[str, int]) -> str:
     return text if len(sizes) == 1 else f"{text} = {prod(sizes.values())}"
 
 
-def axis_help(sizes: dict[str, int], world: int) -> tuple[str, ...]:
-    """The last pinned axis, made to fit the others."""
+def axis_help(sizes: dict[str, int], world: int, whole_mesh: bool) -> tuple[str, ...]:
+    """The last pinned axis, made to fit the others; or context ranks beside them."""
     *others, last = sizes
     rest = prod(sizes[k] for k in others)
     if world % rest:
         return ()
     left = world // rest
-    fits = [left] if len(sizes) == len(AXES) else [d for d in range(1, left + 1) if left % d == 0]
+    fits = [left] if whole_mesh else divisors(left)
     near = sorted(fits, key=lambda d: abs(d - sizes[last]))[:3]
-    return ("use " + listing(f"{last} = {d}" for d in sorted(near)),)
+    helps: tuple[str, ...] = ("use " + listing(f"{last} = {d}" for d in sorted(near)),)
+    if whole_mesh and "context" not in sizes and left % sizes[last] == 0:
+        helps += (f"or `context = {left // sizes[last]}`, ranks that share sequences",)
+    return helps
 
 
 def stages_cut_blocks(pins: Pins) -> None:
@@ -282,20 +286,24 @@ def stages_cut_blocks(pins: Pins) -> None:
 
 
 def shards_are_data(pins: Pins) -> None:
+    """Context ranks shard with every data rank, so shards come in multiples of them."""
     shard, data, zero = pins.pinned("shard"), pins.number("data"), pins.number("zero")
     ranks = pins.number("shard")
     if shard is None or ranks is None:
         return
-    if data is not None and (ranks > data or data % ranks):
-        near = [d for d in range(1, data + 1) if data % d == 0]
-        near = sorted(sorted(near, key=lambda d: abs(d - ranks))[:3])
-        raise fault(
-            "E0407",
-            f"{ranks} shards do not fit {data} data ranks",
-            shard.span,
-            secondary=[(s, "pinned here") for s in pins.spans(["data"])],
-            helps=("use " + listing(f"shard = {d}" for d in near),),
-        )
+    if data is not None:
+        counts = sorted({d * c for c in context_ranks(pins) for d in divisors(data)})
+        if ranks not in counts:
+            near = sorted(sorted(counts, key=lambda n: abs(n - ranks))[:3])
+            context = pins.number("context") or 1
+            beside = f" and {context} context ranks" if context > 1 else ""
+            raise fault(
+                "E0407",
+                f"{ranks} shards do not fit {data} data ranks{beside}",
+                shard.span,
+                secondary=[(s, "pinned here") for s in pins.spans(["data", "context"])],
+                helps=("use " + listing(f"shard = {n}" for n in near),),
+            )
     if zero == 0 and ranks > 1:
         raise fault(
             "E0407",
@@ -304,6 +312,21 @@ def shards_are_data(pins: Pins) -> None:
             secondary=[(s, "pinned here") for s in pins.spans(["zero"])],
             helps=("leave `shard` out, or set `zero` to 1, 2 or 3",),
         )
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def context_ranks(pins: Pins) -> list[int]:
+    """What the pins leave for `context`."""
+    pinned = pins.number("context")
+    if pinned is not None:
+        return [pinned]
+    if pins.cluster is None:
+        return [1]
+    others = prod(n for key in AXES if (n := pins.number(key)) is not None)
+    return divisors(max(pins.cluster.world_size // others, 1))
 
 
 def sequence_needs_tensor(pins: Pins) -> None:
@@ -315,6 +338,73 @@ def sequence_needs_tensor(pins: Pins) -> None:
             sequence.span,
             secondary=[(s, "pinned here") for s in pins.spans(["tensor"])],
         )
+
+
+def context_splits_tokens(pins: Pins) -> None:
+    """Each rank holds two chunks of a sequence, and tensor ranks may split those again."""
+    pin, ranks = pins.pinned("context"), pins.number("context")
+    if pin is None or ranks is None or ranks == 1 or pins.train is None:
+        return
+    length = pins.train.sequence_length
+    sequence = pins.pinned("sequence")
+    split = sequence is not None and sequence.values[0] == "on"
+    tensor = (pins.number("tensor") or 1) if split else 1
+    unit = lcm(2 * ranks, tensor * ranks)
+    if length % unit == 0:
+        return
+    near = [n for n in (length // unit * unit, (length // unit + 1) * unit) if n]
+    fits = [n for n in divisors(length // 2) if length % lcm(2 * n, tensor * n) == 0]
+    if pins.cluster is not None:
+        fits = [n for n in fits if pins.cluster.world_size % n == 0]
+    fits = sorted(sorted(fits, key=lambda n: abs(n - ranks))[:2])
+    secondary = [(s, "with this") for s in pins.spans(["tensor"] if tensor > 1 else [])]
+    span = pins.train.key_spans.get("sequence_length")
+    if span is not None:
+        secondary.append((span, f"{length} tokens"))
+    raise fault(
+        "E0410",
+        f"{ranks} context ranks cannot share sequences of {length} tokens",
+        pin.span,
+        f"every rank holds the same number of tokens: {unit} must divide them",
+        secondary=secondary,
+        helps=(
+            *(("use " + listing(f"context = {n}" for n in fits),) if fits else ()),
+            "or " + listing(f"sequence_length = {n}" for n in near),
+        ),
+    )
+
+
+def ulysses_splits_heads(pins: Pins) -> None:
+    """Every rank computes some of the query heads that a tensor rank has."""
+    style, ranks = pins.pinned("context_style"), pins.number("context")
+    if style is None or not isinstance(pins.model, Model):
+        return
+    if ranks == 1:
+        raise fault(
+            "E0407",
+            "`context_style` says how context ranks share attention, and there is one",
+            style.span,
+            secondary=[(s, "pinned here") for s in pins.spans(["context"])],
+        )
+    tensor = pins.number("tensor") or 1
+    heads = [use.option("heads") for use in operators_of(pins.model, "attention")]
+    common = gcd(*(h for h in heads if isinstance(h, int)), 0)
+    if style.values[0] != "ulysses" or ranks is None or common % (ranks * tensor) == 0:
+        return
+    shared = f"{ranks} context × {tensor} tensor ranks" if tensor > 1 else f"{ranks} context ranks"
+    fits = [n for n in divisors(common) if common % (n * tensor) == 0 and n > 1]
+    near = sorted(sorted(fits, key=lambda n: abs(n - ranks))[:2])
+    raise fault(
+        "E0411",
+        f"{shared} cannot share {common} heads",
+        style.span,
+        "every rank computes the same number of whole heads",
+        secondary=[(s, "with this") for s in pins.spans(["context", "tensor"])],
+        helps=(
+            *(("use " + listing(f"context = {n}" for n in near),) if near else ()),
+            "or `context_style = ring`, which splits no heads",
+        ),
+    )
 
 
 def batch_divides(pins: Pins) -> None:
@@ -349,6 +439,8 @@ RULES: tuple[Callable[[Pins], None], ...] = (
     stages_cut_blocks,
     shards_are_data,
     sequence_needs_tensor,
+    context_splits_tokens,
+    ulysses_splits_heads,
     batch_divides,
 )
 

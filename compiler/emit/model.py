@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from llmspec.compiler.cost.unit import sent_by
+from llmspec.compiler.cost.unit import sent_by, sent_width
 from llmspec.compiler.emit.classes import (
     Style,
     class_name,
@@ -42,6 +42,7 @@ LETTERS = {
     "J": "key/value heads x head size",
     "V": "vocabulary",
     "C": "positions",
+    "W": "tokens of all context ranks",
     "R": "rows: each expert's tokens",
     "X": "experts",
     "P": "experts of a token",
@@ -55,6 +56,7 @@ VERBS = {
     Collective.ALL_GATHER: "gather",
     Collective.REDUCE_SCATTER: "sum and scatter",
     Collective.ALL_TO_ALL: "exchange",
+    Collective.SEND: "pass on",
     Collective.SLICE: "keep this rank's slice",
 }
 
@@ -153,7 +155,8 @@ class ModelPrinter:
             elements = one.elements_forward or one.elements_backward
             if one.kind is Collective.ALL_TO_ALL:
                 elements //= ranks
-            size = in_bytes(one.count * elements * BYTES[self.precision.compute])
+            width = sent_width(one, BYTES[self.precision.compute])
+            size = in_bytes(one.count * elements * width)
             time_s = self.times(one)
             cost = size if time_s is None else f"{size}, {time_s * 1e3:.3g} ms predicted"
             text = f"{VERBS[one.kind]} over {one.axis}: {cost}"
@@ -161,7 +164,7 @@ class ModelPrinter:
                 text = f"backward: {VERBS[one.kind]} over {one.axis}, {cost}"
             elif one.elements_backward:
                 text += f"; backward: {VERBS[one.kind]}"
-            lines.append(text)
+            lines.append(text + (", beside computing" if one.hidden else ""))
         return tuple(lines)
 
     # -- the file

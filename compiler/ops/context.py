@@ -213,7 +213,9 @@ def _render_rotary(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
     return Printed(text, (("runtime.rotary", "rotary"),))
 
 
-PLACES = (("runtime.context", "token_positions"),)
+Imports = tuple[tuple[str, str], ...]
+NOTHING: Imports = ()
+PLACES: Imports = (("runtime.context", "token_positions"),)
 
 
 def _render_positions(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
@@ -241,7 +243,7 @@ def _render_softmax(node: fx.Node, args: Sequence[str], _: Localised) -> Printed
     x, (_b, _h, t, s) = args[0], shape_of(node)
     causal, window = node.args[1:]
     if not causal and window is None:
-        masked, imports = x, ()
+        masked, imports = x, NOTHING
     else:
         options = f"causal={causal}" + (f", window={window}" if window is not None else "")
         hidden = f"hidden_tokens({AXIS}, {t}, {s}, {x}.device, {options})"

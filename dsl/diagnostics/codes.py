@@ -56,6 +56,8 @@ CODES = {
     "E0407": "two pins contradict each other",
     "E0408": "the mesh does not divide the batch",
     "E0409": "the budget is more than the device has",
+    "E0410": "the context ranks cannot share the sequence",
+    "E0411": "the context ranks cannot share the heads",
     "E0412": "no plan fits the memory budget",
     # train blocks and other sections
     "E0501": "a line does not belong in this section",
