@@ -175,8 +175,8 @@ def move_times(program: Program, plan: Plan) -> Callable[[Move | Sends], float |
     def time_s(move: Move | Sends) -> float | None:
         if isinstance(move, Sends):
             elements = move.elements_forward or move.elements_backward
-            size = sent_width(move, types.compute) * elements
-            return move.count * collective_s(move.kind, size, inner[move.axis])
+            sent = sent_width(move, types.compute) * elements
+            return move.count * collective_s(move.kind, sent, inner[move.axis])
         size = float(types.compute)
         for dim in move.whole_shape:
             size *= dim

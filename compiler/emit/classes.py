@@ -22,7 +22,6 @@ from llmspec.compiler.emit.text import Text, quoted
 from llmspec.compiler.graph import Init, Parameter, Unit
 from llmspec.compiler.ops.collective import Move
 from llmspec.compiler.ops.context import context_dropout
-from llmspec.compiler.ops.context import context_dropout
 from llmspec.compiler.ops.dropout import dropout
 from llmspec.compiler.placement import Kind, State, parse_state
 from llmspec.compiler.reference import DROPOUTS_PER_INSTANCE

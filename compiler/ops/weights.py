@@ -51,7 +51,7 @@ def _scores_rule(node: fx.Node) -> Rule:
     return index_rule(
         "b t (k g) e, b s k e -> b (k g) t s",
         _sizes(node, b, t, s, h, node.args[1]),  # type: ignore[arg-type]
-        whole=frozenset("btse"),
+        whole=frozenset("bse"),
         linear=((0,), (1,)),
     )
 
@@ -61,7 +61,7 @@ def _mixture_rule(node: fx.Node) -> Rule:
     return index_rule(
         "b (k g) t s, b s k e -> b t (k g) e",
         _sizes(node, b, t, s, h, node.args[1]),  # type: ignore[arg-type]
-        whole=frozenset("btse"),
+        whole=frozenset("bse"),
         linear=((0,), (1,)),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import lcm
+from math import gcd, lcm
 
 from llmspec.compiler import schedules
 from llmspec.compiler.plan import MeshSizes, Plan
@@ -43,7 +43,14 @@ def shrink(program: Program, plan: Plan, largest: int = 2) -> tuple[Program, Pla
     model = program.model
     blocks = plan.stages[-1][1] - 2
     if isinstance(model, Model):
-        model = small_model(model, stages, largest, mesh.expert)
+        exchanged = plan.context_style == "ulysses"
+        sizes = Sizes(
+            widths=_sizes(model),
+            heads=largest,
+            expert_ranks=mesh.expert,
+            head_ranks=mesh.tensor * mesh.context if exchanged else 1,
+        )
+        model = small_model(model, stages, sizes)
         blocks = block_count(model)
     microbatch, microbatches = min(plan.microbatch, 2), min(plan.microbatches, 4)
     sequence = TOKENS if isinstance(program.model, Model) else program.train.sequence_length
@@ -109,12 +116,13 @@ def small_stages(
 class Sizes:
     """widths: large -> small. heads: at most so many key/value heads, and twice as many heads.
 
-    expert_ranks: what divides the number of experts.
+    expert_ranks: what divides the number of experts. head_ranks: what divides the number of heads.
     """
 
     widths: dict[int, int]
     heads: int
     expert_ranks: int = 1
+    head_ranks: int = 1
 
 
 def block_count(model: Model) -> int:
@@ -134,9 +142,8 @@ def block_count(model: Model) -> int:
     return len(kinds[first:last])
 
 
-def small_model(model: Model, stages: int, largest: int = 2, expert_ranks: int = 1) -> Model:
+def small_model(model: Model, stages: int, sizes: Sizes) -> Model:
     """Every size small, equal sizes equal, and enough blocks for an uneven cut into stages."""
-    sizes = Sizes(widths=_sizes(model), heads=largest, expert_ranks=expert_ranks)
     repeats = sum(len(b.value.body) for b in model.body if isinstance(b.value, Repeat))
     wanted = stages + 1 if stages > 1 else 2
     rounds = -(-wanted // max(repeats, 1))
@@ -229,7 +236,9 @@ def _option(name: str, value: Option | Call, sizes: Sizes, options: Options) -> 
         case "heads":
             kv_heads = options["kv_heads"]
             assert isinstance(kv_heads, int), "heads come with key/value heads"
-            return min(kv_heads, sizes.heads) * min(value // kv_heads, 2)
+            fewest = min(kv_heads, sizes.heads)
+            together = sizes.head_ranks // gcd(fewest, sizes.head_ranks)
+            return fewest * (together if together > 1 else min(value // kv_heads, 2))
         case "head_size":
             return HEAD_SIZE
         case "window":

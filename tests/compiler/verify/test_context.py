@@ -31,6 +31,7 @@ MODELS = {
     "window": _grouped("causal, window=100, rope=10_000"),
     "both ways": _grouped("causal=off"),
     "explicit": _grouped("causal, explicit"),
+    "one head": LLAMA.replace("kv_heads=8", "kv_heads=1"),
 }
 
 Case = tuple[int, int, str]
