@@ -301,7 +301,7 @@ ON_CONTEXT_RANKS = {
     "context_dropout",
     "context_masked_softmax",
 }
-"""Of one context rank's graph, and nothing without the others: tests/compiler/verify/test_context.py
+"""Of one context rank, and nothing without the others: tests/compiler/verify/test_context.py
 runs them on processes, over tensor ranks too."""
 
 
