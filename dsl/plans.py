@@ -329,6 +329,22 @@ def context_ranks(pins: Pins) -> list[int]:
     return divisors(max(pins.cluster.world_size // others, 1))
 
 
+def zero_needs_ranks(pins: Pins) -> None:
+    """ZeRO shards over data and context ranks; with one of each there is nothing to shard over."""
+    zero, pin = pins.number("zero"), pins.pinned("zero")
+    if pin is None or not zero or pins.number("data") != 1:
+        return
+    if context_ranks(pins) == [1]:
+        raise fault(
+            "E0407",
+            f"`zero = {zero}` has no ranks to shard over",
+            pin.span,
+            "there is one data rank, and one context rank",
+            secondary=[(s, "pinned here") for s in pins.spans(["data"])],
+            helps=("use `zero = 0`, or more data ranks",),
+        )
+
+
 def sequence_needs_tensor(pins: Pins) -> None:
     sequence = pins.pinned("sequence")
     if sequence and sequence.values[0] == "on" and pins.number("tensor") == 1:
@@ -438,6 +454,7 @@ RULES: tuple[Callable[[Pins], None], ...] = (
     axes_fill_world,
     stages_cut_blocks,
     shards_are_data,
+    zero_needs_ranks,
     sequence_needs_tensor,
     context_splits_tokens,
     ulysses_splits_heads,
