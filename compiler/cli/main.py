@@ -66,6 +66,11 @@ def parser() -> argparse.ArgumentParser:
     )
     spec(verify, "the .llmspec file, or a saved plan")
 
+    dry = verb(
+        "dryrun", running.dryrun, "execute the emitted program at full size, on fake tensors"
+    )
+    spec(dry, "the .llmspec file, or a saved plan")
+
     train = verb("train", running.train, "compile, and run torchrun on this machine")
     spec(train, "the .llmspec file, or a saved plan")
     train.add_argument("-o", "--out", metavar="FOLDER", help="default: build/NAME by the spec")

@@ -1,4 +1,4 @@
-"""Verbs that run what was emitted: verify, train."""
+"""Verbs that run what was emitted: verify, dryrun, train."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 
 from llmspec.compiler import driver
 from llmspec.compiler.cli.console import DIAGNOSTICS, OK, fault, product, product_json, status
 from llmspec.compiler.cli.planning import no_plan, the_plan
+from llmspec.compiler.dryrun.run import Role, RoleFailed, dry_run
+from llmspec.compiler.emit.text import in_bytes
 from llmspec.compiler.plan import Plan
 from llmspec.compiler.search.search import Infeasible
 from llmspec.compiler.verify.compare import Report
@@ -64,6 +67,42 @@ def render_report(report: Report, planned: int, ran: int) -> str:
     more = len(report.failures()) - len(lines)
     tail = [f"  … and {more} more"] if more > 0 else []
     return "\n".join([f"{len(report.failures())} quantities differ", *lines, *tail])
+
+
+def dryrun(options: Namespace) -> int:
+    answer = the_plan(options)
+    if isinstance(answer, Infeasible):
+        return no_plan(answer, as_data=options.json)
+    session, plan = answer
+    status("Running", f"the program of {options.spec} at full size, on fake tensors")
+    try:
+        roles = dry_run(session, plan)
+    except RoleFailed as error:
+        status("Failed", "a process of the emitted program stopped")
+        product(str(error))
+        return DIAGNOSTICS
+    if options.json:
+        product_json({"schema": 1, "roles": [role_json(role) for role in roles]})
+    else:
+        product("\n".join(line for role in roles for line in role_lines(role)))
+    return OK
+
+
+def role_json(role: Role) -> dict[str, object]:
+    names = ("kind", "ranks", "bytes", "count")
+    sent = [dict(zip(names, one, strict=True)) for one in role.collectives]
+    return {**asdict(role), "collectives": sent, "error": role.error}
+
+
+def role_lines(role: Role) -> list[str]:
+    lines = [
+        f"pipeline rank {role.pipeline_rank}: {in_bytes(role.peak_bytes)} of live tensors at the "
+        f"peak, in {role.peak_at}; predicted {in_bytes(role.predicted_bytes)} "
+        f"({100 * role.error:+.1f} %)"
+    ]
+    for kind, ranks, size, count in role.collectives:
+        lines.append(f"  {kind:14} {in_bytes(size):>10} over {ranks} ranks, {count} times")
+    return lines
 
 
 # --------------------------------------------------------------------------------------------------
