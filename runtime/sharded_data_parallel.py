@@ -35,8 +35,9 @@ class ShardedGradients:
     """Gradients are summed over mesh.reduction, not averaged; those of weights that the expert
     ranks have split, over mesh.expert_data.
 
-    units: modules gathered as one; each must be *called* in the model's forward, and so must every
-        module that holds weights of experts. Those stay as they are where no other rank has them.
+    units: modules gathered as one, in the order of the forward; each must be *called* in it, and so
+        must every module that holds weights of experts. Those stay as they are where no other rank
+        has them.
     zero: 1 parameters stay gathered from first to last micro-batch, gradients are whole until
         the last one reduces them; 2 gradients are reduced in every micro-batch; 3 parameters
         are gathered for each unit's forward and again for its backward.
@@ -75,7 +76,7 @@ class ShardedGradients:
         kept: set[nn.Parameter] = set()
         if mesh.expert.size > 1 and mesh.expert_data.size == 1:
             kept = {p for p in model.parameters() if is_expert(p)}
-        taken = set(kept)
+        taken, units = set(kept), list(units)
         for unit in (*units, model):
             # the root's backward follows at once, except in a pipeline
             again = zero == 3 and (unit is not model or mesh.pipeline.size > 1)
@@ -88,6 +89,9 @@ class ShardedGradients:
             # experts are gathered with the rest, not after their tokens have arrived
             cast(FSDPModule, unit).set_modules_to_forward_prefetch(cast(list[FSDPModule], inner))
             taken |= set(unit.parameters())
+        # left to itself, the first unit's backward gathers what ended the micro-batch before
+        for unit, before in zip(units, [*units[:1], *units], strict=False):
+            cast(FSDPModule, unit).set_modules_to_backward_prefetch([cast(FSDPModule, before)])
         for module in self._sharded():
             module.set_gradient_divide_factor(1.0)
             # a sum by name: the scaled one that the factor chooses otherwise is NCCL's alone

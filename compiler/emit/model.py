@@ -281,15 +281,18 @@ class ModelPrinter:
             leaf_groups(self.lowered.units[ends[1]])
         )
         with text.block("def units(self) -> list[nn.Module]:"):
-            text.line('"""The modules whose parameters are gathered together."""')
+            text.line('"""What is gathered together, in the order of the forward."""')
             if not self.staged:
-                names = [] if shared or len(self.chain) == 1 else [f"self.{e}" for e in ends]
-                text.line(f"return [{', '.join([every, *names] if every else names)}]")
+                first, last = (
+                    ("", "") if shared or len(self.chain) == 1 else (f"self.{e}" for e in ends)
+                )
+                text.line(f"return [{', '.join(part for part in (first, every, last) if part)}]")
                 return
             text.line(f"units: list[nn.Module] = [{every}]")
-            for flag, end in zip(("is_first", "is_last"), ends, strict=True):
-                with text.block(f"if self.{flag}:"):
-                    text.line(f"units.append(self.{end})")
+            with text.block("if self.is_first:"):
+                text.line(f"units.insert(0, self.{ends[0]})")
+            with text.block("if self.is_last:"):
+                text.line(f"units.append(self.{ends[1]})")
             text.line("return units")
 
     def _on(self, text: Text, condition: str, lines: list[str]) -> None:

@@ -173,5 +173,5 @@ class Model(nn.Module):
         return self.last(x, targets_BT)
 
     def units(self) -> list[nn.Module]:
-        """The modules whose parameters are gathered together."""
+        """What is gathered together, in the order of the forward."""
         return [*self.layer.values()]
