@@ -410,7 +410,7 @@ PLAN = {
         PlanRow(name="sequence", least=None, words=("on", "off")),
         PlanRow(name="context"),
         PlanRow(name="context_style", least=None, words=("ring", "ulysses", "gather")),
-        PlanRow(name="expert", now=(1,)),
+        PlanRow(name="expert"),
         PlanRow(name="pipeline"),
         PlanRow(name="interleave", now=(1,)),
         PlanRow(

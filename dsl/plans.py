@@ -8,6 +8,7 @@ from math import gcd, lcm, prod
 
 from llmspec.dsl import syntax
 from llmspec.dsl.diagnostics import Fault, SpecError, did_you_mean, fault, listing
+from llmspec.dsl.expert_pins import experts_are_shared
 from llmspec.dsl.hardware import unknown_key
 from llmspec.dsl.options import PLAN, PlanRow
 from llmspec.dsl.parameters import count_blocks, operators_of
@@ -451,6 +452,7 @@ def batch_divides(pins: Pins) -> None:
 RULES: tuple[Callable[[Pins], None], ...] = (
     contradictions,
     tensor_splits_heads,
+    experts_are_shared,
     axes_fill_world,
     stages_cut_blocks,
     shards_are_data,

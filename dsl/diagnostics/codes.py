@@ -59,6 +59,7 @@ CODES = {
     "E0410": "the context ranks cannot share the sequence",
     "E0411": "the context ranks cannot share the heads",
     "E0412": "no plan fits the memory budget",
+    "E0413": "the expert ranks cannot share the experts",
     # train blocks and other sections
     "E0501": "a line does not belong in this section",
     "E0502": "a key is not known",
