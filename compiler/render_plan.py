@@ -20,6 +20,9 @@ BLOCK_KEYS = (
     "zero",
     "tensor",
     "sequence",
+    "context",
+    "context_style",
+    "expert",
     "pipeline",
     "schedule",
     "stages",
@@ -167,6 +170,10 @@ def time_words(predicted: Face) -> str:
 def mesh_words(plan: Plan) -> str:
     mesh = plan.mesh
     words = [f"data {mesh.data}", f"zero {plan.zero}"]
+    if mesh.expert > 1:
+        words.append(f"expert {mesh.expert}")
+    if mesh.context > 1:
+        words.append(f"context {mesh.context}")
     if mesh.tensor > 1:
         words.append(f"tensor {mesh.tensor}")
     if mesh.pipeline > 1:
@@ -193,6 +200,10 @@ def _block_value(plan: Plan, key: str, value: Any) -> str | None:
             return None
         case "sequence" if plan.mesh.tensor == 1:
             return None
+        case "context" | "context_style" if plan.mesh.context == 1:
+            return None
+        case "expert" if not _has_experts(plan):
+            return None
         case "schedule" | "stages" if plan.mesh.pipeline == 1:
             return None
         case "stages":
@@ -200,6 +211,11 @@ def _block_value(plan: Plan, key: str, value: Any) -> str | None:
         case "recompute" if len(_policies(plan)) > 1:
             return None
     return str(value)
+
+
+def _has_experts(plan: Plan) -> bool:
+    model = plan.predicted["model"]
+    return bool(model["parameters_active"] < model["parameters"])
 
 
 def _policies(plan: Plan) -> set[str]:

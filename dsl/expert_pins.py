@@ -44,7 +44,8 @@ def _divide_experts(pins: Pins, constraint: Constraint) -> None:
         )
     if not counts or any(common % v == 0 for v in values):
         return
-    fits = [d for d in range(1, common + 1) if common % d == 0]
+    shared = common if pins.cluster is None else gcd(common, pins.cluster.world_size)
+    fits = [d for d in range(1, shared + 1) if shared % d == 0]
     raise fault(
         "E0413",
         f"{values[0]} expert ranks cannot share {_listed(counts)} experts",

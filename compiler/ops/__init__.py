@@ -7,6 +7,7 @@ from llmspec.compiler.ops import (  # noqa: F401
     dropout,
     elementwise,
     embedding,
+    exchange,
     experts,
     linear,
     loss,

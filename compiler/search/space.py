@@ -371,12 +371,13 @@ class Space:
         ]
 
     def _sketch(self, sketch: Sketch) -> Sketch:
-        if sketch.view == WHOLE_VIEW:
-            return sketch
+        if sketch.view.context == 1:
+            return sketch  # fewer experts on a rank are less work than all: no bound
         grid, size = sketch.grid, sketch.microbatch
+        view = View(expert=grid.expert)
         whole = [
-            self._outline(replace(sketch, view=WHOLE_VIEW), option, recompute)
-            for option in self.tensor_options(grid.tensor, size, WHOLE_VIEW)
+            self._outline(replace(sketch, view=view), option, recompute)
+            for option in self.tensor_options(grid.tensor, size, view)
             for recompute in self.recomputes()
         ]
         return replace(

@@ -26,7 +26,7 @@ from llmspec.compiler.verify.worker import Task, run_rank
 CLIP = 0.1
 """Small enough that the gradients of every model are clipped."""
 
-AXES = ("pipeline", "replicas", "shards", "context", "tensor")
+AXES = ("pipeline", "replicas", "shards", "context", "expert", "tensor")
 
 
 MEMORY = (

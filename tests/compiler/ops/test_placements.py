@@ -17,6 +17,12 @@ from torch import Tensor, fx
 from llmspec.compiler import ops
 from llmspec.compiler.build.builder import UnitBuilder
 from llmspec.compiler.graph import INTEGER_INPUTS, Init, Unit
+from llmspec.compiler.ops.exchange import (
+    exchange_counts,
+    own_counts,
+    return_to_tokens,
+    send_to_experts,
+)
 from llmspec.compiler.ops.opaque import Call, Slot
 from llmspec.compiler.ops.registry import (
     BY_NAME,
@@ -37,6 +43,14 @@ B, T, H, K, E, D, V = 2, 4, 4, 2, 6, 8, 10
 RANKS = 2
 AXIS_NEEDED = ("vocabulary_parallel",)
 """Functions that talk to the other ranks: tests/runtime/test_loss.py runs them on processes."""
+
+
+EXCHANGED = (exchange_counts, own_counts, send_to_experts, return_to_tokens)
+
+
+class _Exchange:
+    def __init__(self, counts: Tensor):
+        self.counts_x = counts.sum(0)
 
 
 @dataclass(frozen=True)
@@ -70,6 +84,7 @@ EXPERTS = Whole("experts", PICKS)
 DROPPED = Whole("experts", torch.where(torch.arange(R).view(B, T, P) % 5 == 0, ~PICKS, PICKS))
 ORDER = Whole("order", PICKS.flatten().argsort(stable=True))
 COUNTS = Whole("counts", torch.bincount(PICKS.flatten(), minlength=X))
+EXCHANGE = Whole("exchange", COUNTS.value.unsqueeze(0))
 LOAD = Whole("load", torch.zeros(2, X, dtype=torch.int64))
 LOGITS = of(B, T, X)
 CAT = Call(target="cat.default", args=((Slot(0), Slot(1)), -1))
@@ -131,6 +146,10 @@ SAMPLES = (
     Sample("dispatch", (WIDE, ORDER, P)),
     Sample("grouped_linear", (of(R, D), of(X, 6, D), COUNTS)),
     Sample("grouped_bias", (of(R, 6), of(X, 6), COUNTS)),
+    Sample("exchange_counts", (COUNTS, 1)),
+    Sample("own_counts", (EXCHANGE,)),
+    Sample("send_to_experts", (of(R, D), EXCHANGE)),
+    Sample("return_to_tokens", (of(R, D), EXCHANGE)),
     Sample("combine", (of(R, D), of(B, T, P), ORDER)),
 )
 
@@ -189,8 +208,12 @@ def run_printed(node: fx.Node, tensors: Sequence[Tensor], rank: int) -> Tensor:
     known: dict[str, Any] = {f"x{i}": t for i, t in enumerate(tensors)}
     for module, name in printed.imports:
         known[name] = getattr(importlib.import_module(f"llmspec.{module}"), name)
+    if node.target in EXCHANGED:  # among one expert rank; several: tests/runtime
+        known[node.target.__name__] = node.target
+    if node.target is own_counts:
+        known["x0"] = _Exchange(tensors[0])
     axis = SimpleNamespace(rank=rank, size=RANKS)
-    known["self"] = SimpleNamespace(tensor=axis, first_dropout=0, training=True)
+    known["self"] = SimpleNamespace(tensor=axis, expert=1, first_dropout=0, training=True)
     return eval(printed.text, known | {"torch": torch, "F": F, "SEED": 3})
 
 
@@ -316,7 +339,7 @@ def test_splits_are_tried() -> None:
     nodes = {s.name: call_of(unit_of(s)) for s in SAMPLES}
     choosing = {name for name, node in nodes.items() if entry_of(node).rule(node).chooses}
     assert split == set(BY_NAME) - choosing - ON_CONTEXT_RANKS - {"opaque"}
-    assert len(choosing) == 5
+    assert len(choosing) == 7
 
 
 @pytest.mark.parametrize("part", ("function", "rule", "flops", "saved", "render"))
