@@ -174,4 +174,15 @@ def mixture_rule(options: Options, given: Mapping[str, Given], span: Span) -> No
         )
 
 
-RULES = {"attention": attention_rule, "moe": mixture_rule}
+def latent_rule(options: Options, given: Mapping[str, Given], span: Span) -> None:
+    size = options["rope_size"]
+    if isinstance(size, int) and size % 2:
+        raise fault(
+            "E0220",
+            f"rotary positions need an even head size, this one is {size}",
+            given["rope_size"].place,
+            "an odd number of them do not pair",
+        )
+
+
+RULES = {"attention": attention_rule, "latent_attention": latent_rule, "moe": mixture_rule}

@@ -139,6 +139,20 @@ ATTENTION = (
     flag("bias"),
     OptionRow(name="window", kind=Kind.COUNT, none=True),
     flag("explicit"),
+    OptionRow(name="qk_norm", kind=Kind.POSITIVE, none=True),
+)
+LATENT_ATTENTION = (
+    WIDTH,
+    OptionRow(name="heads", kind=Kind.COUNT, required=True),
+    OptionRow(name="q_rank", kind=Kind.COUNT, none=True),
+    OptionRow(name="kv_rank", kind=Kind.COUNT, required=True),
+    OptionRow(name="nope", kind=Kind.COUNT, required=True),
+    OptionRow(name="rope_size", kind=Kind.COUNT, required=True),
+    OptionRow(name="value", kind=Kind.COUNT, required=True),
+    number("rope", 10_000.0),
+    flag("causal"),
+    number("eps", 1e-6),
+    flag("explicit"),
 )
 
 FEED_FORWARDS = (
@@ -231,6 +245,7 @@ OPERATORS = {
             ),
         ),
         OperatorRow(name="attention", optional_inputs=("over",), options=ATTENTION),
+        OperatorRow(name="latent_attention", options=LATENT_ATTENTION),
         OperatorRow(
             name="mlp",
             positional="ffn",

@@ -33,12 +33,22 @@ def operator_parameters(use: Operator, *, active: bool = False) -> int:
         case "linear":
             return (size("width") + size("bias")) * size("out")
         case "attention":
-            return attention_parameters(
+            norms = 2 * size("head_size") if use.option("qk_norm") is not None else 0
+            return norms + attention_parameters(
                 size("width"),
                 size("heads") * size("head_size"),
                 size("kv_heads") * size("head_size"),
                 size("bias"),
             )
+        case "latent_attention":
+            nope, rope, value = size("nope"), size("rope_size"), size("value")
+            width, heads, rank = size("width"), size("heads"), size("kv_rank")
+            queries = heads * (nope + rope) * width
+            if use.option("q_rank") is not None:
+                low = size("q_rank")
+                queries = low * (width + 1 + heads * (nope + rope))
+            keys = rank * (width + 1 + heads * (nope + value)) + rope * width
+            return queries + keys + heads * value * width
         case "mlp" | "swiglu" | "geglu":
             bias = size("bias") if use.operator == "mlp" else 0
             return feed_forward_parameters(use.operator, size("width"), size("ffn"), bias)

@@ -208,6 +208,7 @@ def tensor_splits_heads(pins: Pins) -> None:
 
 def heads_of(model: Model) -> list[int]:
     found = [use.option("kv_heads") for use in operators_of(model, "attention")]
+    found += [use.option("heads") for use in operators_of(model, "latent_attention")]
     return [h for h in found if isinstance(h, int)]
 
 

@@ -18,7 +18,7 @@ def attention(
     window: int | None = None,
     start: int = 0,
 ) -> Tensor:
-    """Returns [B, T, H, E].
+    """Returns [B, T, H, E]; values may have heads of another width, which is the result's then.
 
     start: the first query's position among the keys, where queries are a slice of the sequence.
     window: a token sees itself and the window - 1 before it (and after it, unless causal).

@@ -42,7 +42,7 @@ def build_moe(b: UnitBuilder, inputs: Inputs, o: Options, context: Context) -> f
     experts = _choices(b, logits, o)
     logits = _losses(b, logits, experts, o, tokens=x.meta["shape"][1])
     load = b.parameter(
-        "load", (2, o["experts"]), "LX", Init("constant", 0.0), decay=False,
+        "load", (2, o["experts"]), "UX", Init("constant", 0.0), decay=False,
         buffer=Buffer(kept=False, integer=True),
     )  # fmt: skip
     weights = b.call(

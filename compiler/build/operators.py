@@ -90,11 +90,65 @@ def _heads(b: UnitBuilder, x: fx.Node, name: str, o: Options, kv: bool) -> fx.No
     return b.call(shape.unflatten, y, (heads, size), label=name, dims=dims)
 
 
+def _head_norm(b: UnitBuilder, x: fx.Node, name: str, eps: float) -> fx.Node:
+    """x [B, T, heads, E]: each head by itself, one weight [E] for all of them."""
+    with b.scope(name):
+        weight = b.parameter("weight", (_last(x),), "E", Init("constant", 1.0), decay=False)
+        return b.call(rms_norm, x, weight, eps, label=x.meta["label"], dims=x.meta["dims"])
+
+
+def _of_heads(
+    b: UnitBuilder, x: fx.Node, name: str, heads: int, size: int, letters: str, dims: str
+) -> fx.Node:
+    """x [B, T, I] -> [B, T, heads, size]. letters: of the folded dimension, and of the size."""
+    y = _linear(b, x, name, heads * size, letters, bias=False)
+    return b.call(shape.unflatten, y, (heads, size), label=name, dims=dims)
+
+
+def _low_rank(b: UnitBuilder, x: fx.Node, name: str, rank: int, letter: str, eps: float) -> fx.Node:
+    """Down to `rank` numbers a token, normed."""
+    low = _linear(b, x, f"{name}_down", rank, letter, bias=False, label=f"{name}_low")
+    with b.scope(f"{name}_norm"):
+        weight = b.parameter("weight", (rank,), letter, Init("constant", 1.0), decay=False)
+        return b.call(rms_norm, low, weight, eps, label=f"{name}_low", dims=low.meta["dims"])
+
+
+def build_latent_attention(b: UnitBuilder, inputs: Inputs, o: Options, context: Context) -> fx.Node:
+    """Queries, keys and values through low ranks; positions in a part of their own, one key's for
+    all heads.
+
+    Source: DeepSeek-V2, arXiv 2405.04434, 2.1.
+    """
+    x, heads, rope = inputs[0], o["heads"], float(o["rope"])
+    source = x if o["q_rank"] is None else _low_rank(b, x, "q", o["q_rank"], "Q", o["eps"])
+    low = _low_rank(b, x, "kv", o["kv_rank"], "L", o["eps"])
+    sizes = {"nope": o["nope"], "rope": o["rope_size"], "value": o["value"]}
+    q = _of_heads(b, source, "q", heads, sizes["nope"], "I", "BTHN")
+    q_rope = _of_heads(b, source, "q_rope", heads, sizes["rope"], "G", "BTHO")
+    k = _of_heads(b, low, "k", heads, sizes["nope"], "I", "BTHN")
+    k_rope = _of_heads(b, x, "k_rope", 1, sizes["rope"], "O", "BTUO")
+    v = _of_heads(b, low, "v", heads, sizes["value"], "J", "BTHM")
+    q_rope, k_rope = (
+        b.call(rotary, part, rope, label=part.meta["label"], dims=part.meta["dims"])
+        for part in (q_rope, k_rope)
+    )
+    q = b.call(shape.join, q, q_rope, label="q", dims="BTHE")
+    k = b.call(shape.join, k, k_rope, label="k", dims="BTHE")
+    mixed = b.call(
+        attention, q, k, v, o["causal"], None, o["explicit"], label="mixed", dims="BTHM"
+    )
+    joined = b.call(shape.flatten, mixed, 2, label="mixed", dims="BTJ")
+    deviation = residual_deviation(context)
+    return _linear(b, joined, "out", _last(x), "D", bias=False, deviation=deviation)
+
+
 def build_attention(b: UnitBuilder, inputs: Inputs, o: Options, context: Context) -> fx.Node:
     x = inputs[0]
     source = inputs[1] if len(inputs) > 1 else x
     o = o | {"over": len(inputs) > 1}
     q, k, v = _heads(b, x, "q", o, False), *(_heads(b, source, n, o, True) for n in "kv")
+    if o["qk_norm"] is not None:
+        q, k = (_head_norm(b, h, f"{n}_norm", o["qk_norm"]) for h, n in ((q, "q"), (k, "k")))
     if o["rope"] is not None:
         q, k = (
             b.call(rotary, h, float(o["rope"]), label=h.meta["label"], dims=h.meta["dims"])
@@ -196,6 +250,7 @@ Builder = Callable[[UnitBuilder, Inputs, Options, Context], fx.Node]
 OPERATORS: dict[str, Builder] = {
     "linear": build_linear,
     "attention": build_attention,
+    "latent_attention": build_latent_attention,
     "mlp": build_mlp,
     "swiglu": _gated(elementwise.silu),
     "geglu": _gated(elementwise.gelu),

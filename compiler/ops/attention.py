@@ -52,7 +52,8 @@ def mask(tokens: int, keys: int, causal: bool, window: int | None, device: torch
 def attention(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, explicit: bool
 ) -> Tensor:
-    """q [B, T, H, E], k and v [B, S, K, E] with K dividing H -> [B, T, H, E]. Scaled by 1/sqrt(E).
+    """q [B, T, H, E], k [B, S, K, E], v [B, S, K, V] with K dividing H -> [B, T, H, V]. Scaled by
+    1/sqrt(E).
 
     `explicit` asks the emitted program to write the square out; the meaning is the same.
     """
@@ -66,19 +67,24 @@ def attention(
 
 
 def _attention_rule(node: fx.Node) -> Rule:
-    (b, t, h, e), (_, s, k, _), _v = (shape_of(a) for a in node.args[:3])  # type: ignore[arg-type]
-    sizes = {"b": b, "t": t, "s": s, "k": k, "g": h // k, "e": e}
+    (b, t, h, e), (_, s, k, _), (*_, v) = (shape_of(a) for a in node.args[:3])  # type: ignore[arg-type]
+    sizes = {"b": b, "t": t, "s": s, "k": k, "g": h // k, "e": e, "v": v}
     return index_rule(
-        "b t (k g) e, b s k e, b s k e -> b t (k g) e",
+        "b t (k g) e, b s k e, b s k v -> b t (k g) v",
         sizes,
-        whole=frozenset("btse"),
+        whole=frozenset("btsev"),
         linear=((2,),),
     )
 
 
-def _attention_flops(node: fx.Node, shapes: Shapes) -> float:
+def square_flops(shapes: Shapes) -> float:
+    """Of the two products over the whole square: with the keys, and with the values."""
     b, t, h, e = shapes.operands[0]
-    full = 4.0 * b * t * shapes.operands[1][1] * h * e
+    return 2.0 * b * t * shapes.operands[1][1] * h * (e + shapes.operands[2][3])
+
+
+def _attention_flops(node: fx.Node, shapes: Shapes) -> float:
+    full = square_flops(shapes)
     return full if node.args[5] else full * seen_share(node, shapes)
 
 
@@ -99,8 +105,7 @@ def visible_share(t: int, s: int, causal: bool, window: int | None) -> float:
 
 
 def _model_flops(node: fx.Node, shapes: Shapes) -> float:
-    b, t, h, e = shapes.operands[0]
-    return 4.0 * b * t * shapes.operands[1][1] * h * e * seen_share(node, shapes)
+    return square_flops(shapes) * seen_share(node, shapes)
 
 
 def _attention_saved(node: fx.Node, shapes: Shapes) -> Saved:

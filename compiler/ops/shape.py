@@ -1,9 +1,10 @@
-"""Changes of shape that move no bytes: a dimension into factors and back, one of a stack."""
+"""Changes of shape: a dimension into factors and back, one of a stack, heads side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, fx
 
 from llmspec.compiler.ops.registry import (
@@ -13,6 +14,7 @@ from llmspec.compiler.ops.registry import (
     Printed,
     Rule,
     Saved,
+    index_rule,
     letters,
     register,
     shape_of,
@@ -27,6 +29,11 @@ def unflatten(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
 def flatten(x: Tensor, count: int) -> Tensor:
     """The last `count` dimensions into one."""
     return x.flatten(-count)
+
+
+def join(x: Tensor, y: Tensor) -> Tensor:
+    """x [B, T, H, E], y [B, T, H or 1, F] -> side by side, a single head for all [B, T, H, E + F]."""
+    return torch.cat([x, y.expand(*x.shape[:-1], y.shape[-1])], -1)
 
 
 def select(x: Tensor, dim: int, index: int) -> Tensor:
@@ -68,6 +75,23 @@ def _select_rule(node: fx.Node) -> Rule:
     )
 
 
+def _join_rule(node: fx.Node) -> Rule:
+    (b, t, h, e), (_, _, other, f) = (shape_of(a) for a in node.args)  # type: ignore[arg-type]
+    return index_rule(
+        f"b t h e, b t {'h' if other == h else 'o'} f -> b t h j",
+        {"b": b, "t": t, "h": h, "e": e, "f": f, "j": e + f, "o": other},
+        whole=frozenset("befjo"),
+        linear=((0, 1),),
+    )
+
+
+def _render_join(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
+    x, y = args
+    if shape_of(node.args[1])[2] == 1:  # type: ignore[arg-type]
+        y = f"{y}.expand(-1, -1, {x}.shape[2], -1)"
+    return Printed(f"torch.cat([{x}, {y}], dim=-1)")
+
+
 def _render_unflatten(node: fx.Node, args: Sequence[str], local: Localised) -> Printed:
     sizes = list(node.args[1])  # type: ignore[arg-type]
     sizes[0] = -1  # the major factor may be split over ranks
@@ -107,3 +131,13 @@ _register(
     _render_flatten,
 )
 _register(select, _select_rule, _render_select)
+register(
+    Entry(
+        name="join",
+        function=join,
+        rule=_join_rule,
+        flops=lambda node, shapes: 0.0,
+        saved=lambda node, shapes: Saved(),
+        render=_render_join,
+    )
+)

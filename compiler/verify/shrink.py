@@ -233,6 +233,14 @@ def _option(name: str, value: Option | Call, sizes: Sizes, options: Options) -> 
             return _context(value)
         case "kv_heads":
             return min(value, sizes.heads)
+        case "heads" if "kv_heads" not in options:
+            return min(value, 2 * sizes.heads)
+        case "q_rank" | "kv_rank":
+            return min(value, 16)
+        case "nope" | "value":
+            return min(value, HEAD_SIZE)
+        case "rope_size":
+            return min(value, HEAD_SIZE // 2)
         case "heads":
             kv_heads = options["kv_heads"]
             assert isinstance(kv_heads, int), "heads come with key/value heads"

@@ -1,4 +1,4 @@
-"""The library's GPT-2 and Llama against the same models in transformers: same weights, float64."""
+"""The library's families against the same models in transformers: same weights, float64."""
 
 import pytest
 import torch
@@ -67,7 +67,91 @@ def llama(tied: bool) -> tuple[str, str, nn.Module]:
     return "llama", text, transformers.LlamaForCausalLM(config)
 
 
-CASES = {"gpt2": gpt2, "llama": lambda: llama(False), "llama_tied": lambda: llama(True)}
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "attn_implementation": "eager",
+    "experts_implementation": "eager",  # the grouped one knows no float64
+    "tie_word_embeddings": False,
+}
+
+
+def mixtral() -> tuple[str, str, nn.Module]:
+    config = transformers.MixtralConfig(
+        **SMALL,
+        intermediate_size=24,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    sizes = f"layers=2, width=32, heads=4, kv_heads=2, ffn=24, vocab={VOCABULARY}, context=64"
+    return "mixtral", f"mixtral({sizes}, experts=4)", transformers.MixtralForCausalLM(config)
+
+
+def qwen3_moe() -> tuple[str, str, nn.Module]:
+    config = transformers.Qwen3MoeConfig(
+        **SMALL,
+        intermediate_size=40,
+        moe_intermediate_size=16,
+        num_key_value_heads=2,
+        head_dim=12,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        num_experts=6,
+        num_experts_per_tok=3,
+        norm_topk_prob=True,
+    )
+    sizes = "layers=2, width=32, heads=4, kv_heads=2, head_size=12, ffn=16, experts=6, top_k=3"
+    text = f"qwen3_moe({sizes}, vocab={VOCABULARY}, context=64)"
+    return "qwen3_moe", text, transformers.Qwen3MoeForCausalLM(config)
+
+
+def deepseek_v3(q_rank: int | None) -> tuple[str, str, nn.Module]:
+    config = transformers.DeepseekV3Config(
+        **SMALL,
+        intermediate_size=40,
+        moe_intermediate_size=24,
+        num_key_value_heads=4,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+        norm_topk_prob=True,
+        first_k_dense_replace=1,
+        q_lora_rank=q_rank,
+        kv_lora_rank=20,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=6,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        rope_interleave=True,
+    )
+    rank = "none" if q_rank is None else str(q_rank)
+    sizes = (
+        f"layers=2, dense=1, width=32, heads=4, q_rank={rank}, kv_rank=20, nope=8, rope_size=4, "
+        "value=6, ffn=40, expert_ffn=24, experts=8, top_k=3, groups=4, top_groups=2, scale=2.5"
+    )
+    text = f"deepseek_v3({sizes}, vocab={VOCABULARY}, context=64)"
+    return "deepseek", text, transformers.DeepseekV3ForCausalLM(config)
+
+
+CASES = {
+    "gpt2": gpt2,
+    "llama": lambda: llama(False),
+    "llama_tied": lambda: llama(True),
+    "mixtral": mixtral,
+    "qwen3_moe": qwen3_moe,
+    "deepseek_v3": lambda: deepseek_v3(16),
+    "deepseek_v3_whole_queries": lambda: deepseek_v3(None),
+}
 
 
 def with_logits(graph: ModelGraph) -> ModelGraph:
@@ -163,9 +247,9 @@ def test_a_tied_head_is_left_out() -> None:
 
 
 def test_unknown_names_are_said() -> None:
-    with pytest.raises(ValueError, match=r"`layer\.0\.moe\.router` has no name"):
-        to_huggingface({"layer.0.moe.router": torch.ones(1)})
-    with pytest.raises(ValueError, match=r"`model\.layers\.0\.self_attn\.q_norm\.weight` is no"):
-        from_huggingface({"model.layers.0.self_attn.q_norm.weight": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"`layer\.0\.mlp\.up` has no name"):
+        to_huggingface({"layer.0.mlp.up": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"`model\.layers\.0\.self_attn\.q_norm\.bias` is no"):
+        from_huggingface({"model.layers.0.self_attn.q_norm.bias": torch.ones(1)})
     with pytest.raises(ValueError, match=r"`layer\.1\.attention\.k` is missing"):
         to_huggingface({"embed.positions": torch.ones(1), "layer.1.attention.q": torch.ones(2, 2)})

@@ -29,12 +29,26 @@ OPTIONS = {
     "dropping": "experts=8, top_k=2, expert=mlp(ffn=1024, activation=relu, bias), "
     "normalise=false, capacity=0.75, balance=aux(0.5)",
 }
+DEEPSEEK = """
+import deepseek
+model m = deepseek_v3(layers=5, dense=1, width=2048, heads=16, q_rank=512, kv_rank=256, nope=64,
+                      rope_size=32, value=64, ffn=4096, expert_ffn=1024, experts=32, top_k=4,
+                      groups=8, top_groups=4, scale=2.5, vocab=50257, context=512, aux=0.1)
+"""
+QWEN = """
+import qwen3_moe
+model m = qwen3_moe(layers=4, width=2048, heads=16, kv_heads=4, head_size=96, ffn=768, experts=16,
+                    top_k=4, vocab=50257, context=512, aux=0.1)
+"""
+LIBRARY = {"deepseek": DEEPSEEK, "qwen": QWEN}
 Case = tuple[int, int, str]
 SHORT: list[tuple[str, Case]] = [
     ("shared", (2, 8, "data = 2; zero = 3; microbatch = 2")),
     ("dropping", (2, 4, "tensor = 2; sequence = on; microbatch = 2")),
     ("grouped", (2, 4, "tensor = 2; sequence = off; microbatch = 2; recompute = full")),
     ("shared", (2, 8, "pipeline = 2; schedule = 1f1b; microbatch = 2; stages = [3, 1]")),
+    ("deepseek", (2, 4, "tensor = 2; sequence = on; microbatch = 2")),
+    ("qwen", (2, 4, "tensor = 2; sequence = on; microbatch = 2")),
 ]
 CASES: list[Case] = [
     (1, 8, "microbatch = 2"),
@@ -52,7 +66,7 @@ CASES: list[Case] = [
 
 def check(options: str, case: Case) -> None:
     devices, batch, pins = case
-    model = MODEL.format(options=OPTIONS[options])
+    model = LIBRARY[options] if options in LIBRARY else MODEL.format(options=OPTIONS[options])
     session, plan = planned(spec_text(model, devices, batch, pins))
     report, small = verify_plan(session, plan, largest=4)
     assert small.mesh == plan.mesh, "the mesh under test is the plan's"
@@ -72,7 +86,7 @@ def test_gradients(options: str, case: Case) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", (*OPTIONS, *LIBRARY))
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c[2])
 def test_every_mesh(options: str, case: Case) -> None:
     check(options, case)
