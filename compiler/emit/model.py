@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -95,6 +95,16 @@ class Header:
             "",
             f"Mesh: {mesh}. ZeRO {p.zero}.",
         ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockRun:
+    """Equal blocks one after the other. start: the first one's place among all blocks."""
+
+    unit: str
+    container: str
+    start: int
+    count: int
 
 
 class ModelPrinter:
@@ -279,8 +289,8 @@ class ModelPrinter:
     def _print_units(self, text: Text) -> None:
         """What FSDP2 gathers as one. A tied table that first and last share stays with the root."""
         blocks = self.lowered.blocks()
-        container = self._uniform()
-        every = f"*self.{container}.values()" if container else "*self.chain" if blocks else ""
+        runs = [f"*self.{run.container}.values()" for run in self._runs()]
+        every = ", ".join(runs) if runs else "*self.chain" if blocks else ""
         ends = [self.chain[0].unit, self.chain[-1].unit]
         shared = set(leaf_groups(self.lowered.units[ends[0]])) & set(
             leaf_groups(self.lowered.units[ends[1]])
@@ -373,26 +383,35 @@ class ModelPrinter:
             return f"{class_name(unit.name)}(mesh)"
         return f"{class_name(unit.name)}(mesh, {first_dropout(1)} * ({index} + 1))"
 
-    def _uniform(self) -> str | None:
-        """The container of the blocks when all are numbered instances of one unit."""
-        blocks = self.lowered.blocks()
-        containers = {b.prefix.rpartition(".")[0] for b in blocks}
-        numbers = [b.prefix.rpartition(".")[2] for b in blocks]
-        plain = len(containers) == 1 and len({b.unit for b in blocks}) == 1
-        counted = numbers == [str(i) for i in range(len(blocks))]
-        return containers.pop() if plain and counted and containers != {""} else None
+    def _runs(self) -> tuple[BlockRun, ...]:
+        """The blocks as rows of equal ones, each numbered from 0 in a container of its own; empty
+        when they do not lie so."""
+        runs: list[BlockRun] = []
+        for number, block in enumerate(self.lowered.blocks()):
+            container, _, key = block.prefix.rpartition(".")
+            last = runs[-1] if runs else None
+            if last and (last.unit, last.container) == (block.unit, container):
+                runs[-1] = replace(last, count=last.count + 1)
+            else:
+                runs.append(BlockRun(unit=block.unit, container=container, start=number, count=1))
+            if not container or key != str(runs[-1].count - 1):
+                return ()
+        containers = [run.container for run in runs]
+        return tuple(runs) if len(set(containers)) == len(containers) else ()
 
     def _print_blocks(self, text: Text, makers: dict[str, str]) -> None:
         blocks = self.lowered.blocks()
         if not blocks:
             return
-        container = self._uniform()
-        if container is not None:
-            maker = self._block_maker(self.lowered.units[blocks[0].unit], "i")
-            bounds = "first, stop" if self.staged else str(len(blocks))
+        for run in self._runs():
+            index = f"i + {run.start}" if run.start else "i"
+            maker = self._block_maker(self.lowered.units[run.unit], index)
+            bounds = self._bounds(run)
             text.line(
-                f"self.{container} = nn.ModuleDict({{str(i): {maker} for i in range({bounds})}})"
+                f"self.{run.container} = nn.ModuleDict("
+                f"{{str(i): {maker} for i in range({bounds})}})"
             )
+        if self._runs():
             return
         for path in dict.fromkeys(b.prefix.rpartition(".")[0] for b in blocks):
             if path:
@@ -400,6 +419,15 @@ class ModelPrinter:
         text.line("self.chain = nn.ModuleList()")
         for number, block in enumerate(blocks):
             self._print_single(text, block, number, makers)
+
+    def _bounds(self, run: BlockRun) -> str:
+        """Of the numbers of a run's blocks that this process has."""
+        if not self.staged:
+            return str(run.count)
+        first = f"max(first - {run.start}, 0)" if run.start else "first"
+        stop = f"stop - {run.start}" if run.start else "stop"
+        is_last = run.start + run.count == len(self.lowered.blocks())
+        return f"{first}, {stop}" if is_last else f"{first}, min({stop}, {run.count})"
 
     def _print_single(
         self, text: Text, block: Instance, number: int, makers: dict[str, str]
@@ -442,12 +470,12 @@ class ModelPrinter:
         blocks = self.lowered.blocks()
         if not blocks:
             return
-        container = self._uniform()
-        extras = {self._extra(b.unit) for b in blocks}
-        if container is not None:
-            with text.block(f"for block in self.{container}.values():"):
-                text.line(f"x = block(x{extras.pop()})")
+        for run in self._runs():
+            with text.block(f"for block in self.{run.container}.values():"):
+                text.line(f"x = block(x{self._extra(run.unit)})")
+        if self._runs():
             return
+        extras = {self._extra(b.unit) for b in blocks}
         if len(extras) == 1:
             with text.block("for block in self.chain:"):
                 text.line(f"x = block(x{extras.pop()})")

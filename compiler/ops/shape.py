@@ -32,7 +32,7 @@ def flatten(x: Tensor, count: int) -> Tensor:
 
 
 def join(x: Tensor, y: Tensor) -> Tensor:
-    """x [B, T, H, E], y [B, T, H or 1, F] -> side by side, a single head for all [B, T, H, E + F]."""
+    """x [B, T, H, E], y [B, T, H or 1, F] -> side by side [B, T, H, E + F]; one head serves all."""
     return torch.cat([x, y.expand(*x.shape[:-1], y.shape[-1])], -1)
 
 

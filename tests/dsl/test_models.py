@@ -46,6 +46,7 @@ def test_options_are_all_there():
         "bias": False,
         "window": None,
         "explicit": False,
+        "qk_norm": None,
     }
     assert list(dict(attention.options)) == sorted(dict(attention.options))
     assert next(operators_of(made, "embed")).option("positions") is None
@@ -138,6 +139,25 @@ def test_library_models_have_the_published_sizes(source, name, millions):
     made = program(text).model
     assert isinstance(made, Model)
     assert round(count_parameters(made) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "millions", "active"),
+    # the reports round to 46.7 and 12.9, 141 and 39, 30.5 and 3.3, 235 and 22, 671 and 37 billion
+    [
+        ("mixtral", "mixtral_8x7b", 46702.79, 12879.93),
+        ("mixtral", "mixtral_8x22b", 140630.07, 39161.47),
+        ("qwen3_moe", "qwen3_30b_a3b", 30532.12, 3353.03),
+        ("qwen3_moe", "qwen3_235b_a22b", 235093.63, 22190.76),
+        ("deepseek", "deepseek_v3_671b", 671026.40, 37552.28),
+    ],
+)
+def test_mixtures_have_the_published_sizes(source, name, millions, active):
+    text = f"import {source}\n{CLUSTER}{TRAIN.replace('tiny', name)}"
+    made = program(text).model
+    assert isinstance(made, Model)
+    assert round(count_parameters(made) / 1e6, 2) == millions
+    assert round(count_parameters(made, active=True) / 1e6, 2) == active
 
 
 @pytest.mark.parametrize(
