@@ -72,6 +72,7 @@ def llama(
                         bias=False,
                         window=None,
                         explicit=False,
+                        qk_norm=None,
                     ),
                 )
             ),
@@ -124,6 +125,7 @@ def gpt(*, layers: int, width: int, heads: int, vocab: int, context: int, p: flo
         bias=True,
         window=None,
         explicit=False,
+        qk_norm=None,
     )
     mlp = operator(
         "mlp",
