@@ -206,6 +206,10 @@ def _block_value(plan: Plan, key: str, value: Any) -> str | None:
             return None
         case "schedule" | "stages" if plan.mesh.pipeline == 1:
             return None
+        case "offload" if isinstance(value, list):
+            return str(value[0]) if len(value) == 1 else f"[{', '.join(value)}]"
+        case "offload":
+            return None
         case "stages":
             return f"[{', '.join(map(str, value))}]"
         case "recompute" if len(_policies(plan)) > 1:

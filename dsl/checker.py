@@ -7,7 +7,14 @@ from collections.abc import Iterable
 
 from llmspec.dsl import syntax
 from llmspec.dsl.diagnostics import Diagnostic, Fault, did_you_mean, fault, listing, shown
-from llmspec.dsl.hardware import cluster_of, device_of, equal_only, in_bytes, settings_of
+from llmspec.dsl.hardware import (
+    bytes_per_node,
+    cluster_of,
+    device_of,
+    equal_only,
+    in_bytes,
+    settings_of,
+)
 from llmspec.dsl.model_values import ModelFinder, must_exist
 from llmspec.dsl.options import PREFERENCES_NOW
 from llmspec.dsl.plans import Pins, check_pins, constraints_of
@@ -181,10 +188,13 @@ class Checker:
             return Budget(memory_bytes=cluster.device.usable_bytes) if cluster else None
         section = sections[0]
         keys = settings_of(section.body, ("memory", "host_memory", "deadline", "cost"), "budget")
-        for later in ("host_memory", "deadline", "cost"):
+        for later in ("deadline", "cost"):
             if later in keys:
                 raise no_meaning(f"`{later}` in a budget", keys[later].span)
         memory = cluster.device.usable_bytes if cluster else 0
+        host_memory = None
+        if "host_memory" in keys:
+            host_memory = bytes_per_node(equal_only(keys["host_memory"]), "host_memory")
         span = section.span
         if "memory" in keys:
             node = equal_only(keys["memory"])
@@ -206,7 +216,7 @@ class Checker:
                     node.span,
                     f"it can hand out {usable}",
                 )
-        return Budget(memory_bytes=memory, span=span)
+        return Budget(memory_bytes=memory, host_memory_bytes=host_memory, span=span)
 
     def prefer(self) -> Prefer:
         lines = [d for d in self.scope.file.declarations if isinstance(d, syntax.Prefer)]

@@ -42,6 +42,11 @@ DEFAULTS: Mapping[str, float] = {
 """For a GPU that says nothing: near the middle of the library's own values (library/hardware)."""
 
 PEAK_TYPES = ("fp64", "fp32", "tf32", "fp16", "bf16", "fp8", "int8", "fp4")
+HOST_SHARE = 1.25
+"""Host memory of a node that says nothing, in times its devices' memory: less than systems that
+people build have. 2 TB stand beside 8 x 180 GB (DGX B200: 1.4), 8 x 141 GB (DGX H200: 1.8) and
+8 x 80 GB (DGX H100, DGX A100: 3.1), 1152 GiB beside 8 x 40 GB (AWS p4d: 3.6), 488 GiB beside
+8 x 16 GB (AWS p3: 3.8); a part of it is the system's."""
 DEFAULT_NETWORK = 100e9 / 8
 """Bytes/s per device between nodes when neither cluster nor device says: one 100 Gb/s port each."""
 
@@ -289,7 +294,7 @@ def rate_per_device(node: syntax.Node, what: str, per_node: int | None) -> float
 
 
 def cluster_of(section: syntax.Section, scope: Scope, sources: Sources) -> Cluster:
-    keys = settings_of(section.body, ("node", "nodes", "network"), "cluster")
+    keys = settings_of(section.body, ("node", "nodes", "network", "host_memory"), "cluster")
     if "node" not in keys:
         raise fault(
             "E0503",
@@ -310,13 +315,36 @@ def cluster_of(section: syntax.Section, scope: Scope, sources: Sources) -> Clust
     network = device.constants.get("network_bytes_per_s", DEFAULT_NETWORK)
     if "network" in keys:
         network = rate_per_device(equal_only(keys["network"]), "network", count)
+    host_memory = default_host_memory(device, count)
+    if "host_memory" in keys:
+        host_memory = bytes_per_node(equal_only(keys["host_memory"]), "host_memory")
     return Cluster(
         name=section.name or "cluster",
         device=device,
         devices_per_node=count,
         nodes=nodes,
         network_bytes_per_s=network,
+        host_memory_bytes=host_memory,
         span=section.span,
+    )
+
+
+def default_host_memory(device: Device, per_node: int) -> int:
+    """On CPUs it is the devices' own."""
+    share = 1.0 if device.kind is DeviceKind.CPU else HOST_SHARE
+    return int(share * per_node * device.memory_bytes)
+
+
+def bytes_per_node(node: syntax.Node, what: str) -> int:
+    size = in_bytes(node, what)
+    value = evaluate(node)
+    if isinstance(value, Measure) and value.per == "node":
+        return size
+    raise fault(
+        "E0302",
+        f"`{what}` does not say per what",
+        node.span,
+        helps=("it is written like `1 TiB per node`",),
     )
 
 
@@ -375,5 +403,6 @@ def cluster_from_words(words: str) -> Cluster:
         devices_per_node=count,
         nodes=nodes,
         network_bytes_per_s=device.constants.get("network_bytes_per_s", DEFAULT_NETWORK),
+        host_memory_bytes=default_host_memory(device, count),
         span=span,
     )

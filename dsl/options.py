@@ -446,7 +446,6 @@ PLAN = {
             name="offload",
             least=None,
             words=("none", "optimizer", "activations", "parameters"),
-            now=("none",),
         ),
         PlanRow(name="kernels", least=None, words=("triton", "inductor", "eager"), now=("eager",)),
     )

@@ -68,6 +68,8 @@ def one_value(row: PlanRow, relation: Relation, node: syntax.Node) -> Option:
     value = plan_word(node) if row.words else evaluate(node)
     if row.name == "stages":
         result: Option = stages_of(value, node)
+    elif row.name == "offload" and isinstance(node, syntax.Sequence):
+        result = offload_of(row, node)
     elif row.words:
         result = word_of(row, value, node)
     else:
@@ -94,7 +96,7 @@ def plan_word(node: syntax.Node) -> Value:
 def word_of(row: PlanRow, value: Value, node: syntax.Node) -> str:
     if isinstance(value, Word) and value.text in row.words:
         return value.text
-    if isinstance(value, tuple) and row.name in ("recompute", "offload"):
+    if isinstance(value, tuple) and row.name == "recompute":
         raise no_meaning(f"a list for `{row.name}`", node.span)
     name = value.text if isinstance(value, Word) else ""
     raise fault(
@@ -104,6 +106,18 @@ def word_of(row: PlanRow, value: Value, node: syntax.Node) -> str:
         f"expected {listing(row.words)}",
         helps=did_you_mean(name, row.words),
     )
+
+
+def offload_of(row: PlanRow, node: syntax.Sequence) -> Option:
+    """A list of what lives in host memory, sorted; parameters take the optimizer along."""
+    words = {word_of(row, plan_word(item), item) for item in node.items}
+    if not words or ("none" in words and len(words) > 1):
+        raise fault(
+            "E0402", "`offload` is `none`, or what lives in host memory", node.span, "not both"
+        )
+    if "parameters" in words:
+        words -= {"optimizer"}
+    return words.pop() if len(words) == 1 else tuple(sorted(words))
 
 
 def stages_of(value: Value, node: syntax.Node) -> tuple[int, ...]:
@@ -425,6 +439,37 @@ def ulysses_splits_heads(pins: Pins) -> None:
     )
 
 
+def parameters_are_sharded(pins: Pins) -> None:
+    """Host memory holds parameters that ZeRO 3 gathers from parts."""
+    offload = pins.pinned("offload")
+    if offload is None or "parameters" not in words_of(offload.values[0]):
+        return
+    zero = pins.pinned("zero")
+    if zero is not None and zero.values[0] != 3:
+        raise fault(
+            "E0414",
+            "`offload = parameters` needs ZeRO 3",
+            zero.span,
+            "the device would hold the parameters all the time",
+            secondary=((offload.span, "pinned here"),),
+            helps=("write `zero = 3`, or `offload = optimizer`",),
+        )
+    ranks = pins.number("data")
+    alone = pins.cluster is not None and pins.cluster.world_size == 1
+    if alone or (ranks == 1 and (pins.number("context") or 1) == 1):
+        raise fault(
+            "E0414",
+            "`offload = parameters` needs data ranks that share the parameters",
+            offload.span,
+            "ZeRO 3 shards over them, and there is one",
+            helps=("write `offload = optimizer`",),
+        )
+
+
+def words_of(value: Option) -> tuple[Option, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
 def batch_divides(pins: Pins) -> None:
     """`data` × `microbatch` must divide the batch; either alone must too."""
     if pins.train is None:
@@ -461,6 +506,7 @@ RULES: tuple[Callable[[Pins], None], ...] = (
     sequence_needs_tensor,
     context_splits_tokens,
     ulysses_splits_heads,
+    parameters_are_sharded,
     batch_divides,
 )
 

@@ -227,6 +227,7 @@ class Cluster:
     """nodes × devices_per_node. With `nodes <= N` (max_nodes) the count is left to the search.
 
     network_bytes_per_s: between nodes, one direction, per device.
+    host_memory_bytes: of one node, what its processes may use beside their devices' memory.
     """
 
     name: str
@@ -236,6 +237,7 @@ class Cluster:
     nodes_are_bound: bool = False
     """True when the spec wrote `nodes <= N`."""
     network_bytes_per_s: float
+    host_memory_bytes: int
     span: Span
 
     @property
@@ -321,7 +323,10 @@ class Prefer(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """memory_bytes: per device; the default is what the device can really hand out."""
+    """memory_bytes: per device; the default is what the device can really hand out.
+
+    host_memory_bytes: per node; None: all that the cluster has.
+    """
 
     memory_bytes: int
     host_memory_bytes: int | None = None

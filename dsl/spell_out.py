@@ -17,6 +17,7 @@ from llmspec.dsl.program import (
     Binding,
     Block,
     BlockUse,
+    Budget,
     Call,
     Cluster,
     Constraint,
@@ -46,12 +47,19 @@ def explicit_text(program: Program) -> str:
         device_text(program.cluster.device),
         cluster_text(program.cluster),
         train_text(program.train, program.model.name, program.cluster.name),
-        f"budget {{ memory = {exact_bytes(program.budget.memory_bytes)} per device }}",
+        budget_text(program.budget),
     ]
     if program.plan:
         parts.append(plan_text(program.plan))
     parts.append(f"prefer {program.prefer.value}")
     return format_text(wrapped(format_text("\n\n".join(parts))))
+
+
+def budget_text(budget: Budget) -> str:
+    text = f"memory = {exact_bytes(budget.memory_bytes)} per device"
+    if budget.host_memory_bytes is not None:
+        text += f"; host_memory = {exact_bytes(budget.host_memory_bytes)} per node"
+    return f"budget {{ {text} }}"
 
 
 def wrapped(text: str) -> str:
@@ -112,6 +120,8 @@ def quoted(text: str) -> str:
 
 def word_text(value: Option, words: tuple[str, ...]) -> str:
     """Words stand bare, other strings in quotes."""
+    if words and isinstance(value, tuple):
+        return "[" + ", ".join(word_text(v, words) for v in value) + "]"
     return value if isinstance(value, str) and value in words else value_text(value)
 
 
@@ -350,7 +360,8 @@ def cluster_text(cluster: Cluster) -> str:
         f"cluster {cluster.name} {{\n"
         f"node = {cluster.devices_per_node} * {device.kind.value}({quoted(device.name)})\n"
         f"nodes = {cluster.nodes}\n"
-        f"network = {rate_text(cluster.network_bytes_per_s, 'B/s')} per device\n}}"
+        f"network = {rate_text(cluster.network_bytes_per_s, 'B/s')} per device\n"
+        f"host_memory = {exact_bytes(cluster.host_memory_bytes)} per node\n}}"
     )
 
 

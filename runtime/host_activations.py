@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from . import host
 from .mesh import Mesh
+from .parameters import Casts
 
 SMALLEST_SHARE = 16  # of the block's input: starting a copy of less takes longer than the copy
 
@@ -25,6 +26,7 @@ class HostActivations:
 
     def __init__(self, mesh: Mesh):
         self.device = mesh.device
+        Casts.watched = True
         self.out, self.back = host.Lane(mesh.device), host.Lane(mesh.device)
         self.leaving: _Visit | None = None  # its values are on the device and in host memory
         self.newest: _Visit | None = None
@@ -81,7 +83,7 @@ class _Visit:
         if isinstance(tensor, DTensor) or not tensor.is_floating_point():
             return tensor
         storage = tensor.untyped_storage()
-        if storage.nbytes() < self.smallest or storage._cdata in self._weights():
+        if storage.nbytes() < self.smallest or self._is_weight(storage):
             return tensor
         known = self.storages.get(storage._cdata)
         if known is None:
@@ -96,14 +98,14 @@ class _Visit:
         self.copied = self.owner.out.copy([(copy, flat)])
         return _Storage(flat, copy)
 
-    def _weights(self) -> set[int]:
-        """Storages of the parameters as the block sees them: gathered ones only while it runs."""
+    def _is_weight(self, storage: torch.UntypedStorage) -> bool:
+        """Of the parameters as the block sees them: gathered ones only while it runs."""
         if self.weights is None:
             parts = (
                 p._local_tensor if isinstance(p, DTensor) else p for p in self.block.parameters()
             )
             self.weights = {part.untyped_storage()._cdata for part in parts}
-        return self.weights
+        return storage._cdata in self.weights or storage in Casts.storages
 
     def leave(self) -> None:
         """Free the device's memory, once it is copied."""
@@ -117,8 +119,9 @@ class _Visit:
         if self.fetched:
             return
         self.fetched = True
-        if self.owner.leaving is self:
-            self.owner.leaving = None
+        leaving, self.owner.leaving = self.owner.leaving, None
+        if leaving is not None and leaving is not self:
+            leaving.leave()  # of another micro-batch, whose backward comes later
         pairs = []
         for storage in self.storages.values():
             if storage.there is None:

@@ -4,7 +4,7 @@ A step copies gradients out, updates on the CPU and copies weights back, bucket 
 on a GPU the two copies run beside the update of the buckets between them.
 """
 
-from collections.abc import Callable
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,6 @@ from torch.optim import Optimizer
 from . import host
 from .gradients import local_gradient
 from .mesh import Mesh
-from .optimizers import Models
-from .optimizers import groups as groups_of
 
 _BUCKETS, _MAX_BUCKET_BYTES = 6, 64 * 2**20
 _AHEAD = 3  # buckets of gradients in host memory at a time
@@ -30,34 +28,43 @@ class _Bucket:
     update: Optimizer  # of the copies
 
 
-class HostOptimizer:
-    """What the loop and checkpoints see: parameters and groups of the device, state of the host.
+def on_host(optimizer: Optimizer, mesh: Mesh) -> "HostOptimizer":
+    """The optimizer, which has done no step yet, with its work moved to the host."""
+    return HostOptimizer(optimizer, mesh)
 
-    make: the optimizer that updates the copies of one bucket, from a group of theirs.
-    """
 
-    def __init__(
-        self, groups: list[dict[str, Any]], make: Callable[[dict[str, Any]], Optimizer], mesh: Mesh
-    ):
-        self.device = mesh.device
-        self.param_groups = groups
+class HostOptimizer(Optimizer):
+    """What the loop and checkpoints see: parameters and groups of the device, state of the host."""
+
+    def __init__(self, inner: Optimizer, mesh: Mesh):
+        super().__init__(inner.param_groups, inner.defaults)
+        self.device, self.kind = mesh.device, type(inner).__name__
+        self.moments = getattr(inner, "moments", None)
         self.copies: dict[nn.Parameter, Tensor] = {}
         self.out, self.back = host.Lane(mesh.device), host.Lane(mesh.device)
         self.buckets: list[_Bucket] = []
         host.use_all_cores(mesh.device)
-        for number, parameters in _buckets(groups):
+        for number, parameters in _buckets(self.param_groups):
             for p in parameters:
                 part = _local(p)
                 self.copies[p] = host.empty(tuple(part.shape), part.dtype, mesh.device)
-            group = {**groups[number], "params": [self.copies[p] for p in parameters]}
-            self.buckets.append(_Bucket(parameters=parameters, group=number, update=make(group)))
+            update = self._of_copies(inner, self.param_groups[number], parameters)
+            self.buckets.append(_Bucket(parameters=parameters, group=number, update=update))
         self.weights_changed()
-        for group, bucket in ((groups[b.group], b) for b in self.buckets):
-            group.update({k: v for k, v in _settings(bucket.update).items() if k not in group})
-        self.kind = type(self.buckets[0].update).__name__
-        self.state = _State(self)
+        self.state = _State(self)  # type: ignore[assignment]
         self._staging: list[dict[torch.dtype, Tensor]] = [{} for _ in range(_AHEAD)]
         self._sizes = self._largest()
+
+    def _of_copies(
+        self, inner: Optimizer, group: dict[str, Any], parameters: list[nn.Parameter]
+    ) -> Optimizer:
+        """Like inner in everything but what it updates."""
+        update = object.__new__(type(inner))
+        update.__dict__.update(inner.__dict__)
+        update.param_groups = [{**group, "params": [self.copies[p] for p in parameters]}]
+        update.state = defaultdict(dict)
+        update.__dict__["whole"] = {self.copies[p]: p for p in parameters}
+        return update
 
     def _largest(self) -> dict[torch.dtype, int]:
         """Elements of each type in the bucket that has most of it."""
@@ -76,7 +83,8 @@ class HostOptimizer:
         host.process_awaits(done)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None, "gradients are there already"
         left = [self._send(number) for number in range(min(_AHEAD, len(self.buckets)))]
         returned = None
         for number, bucket in enumerate(self.buckets):
@@ -146,42 +154,8 @@ class _State:
         return update.state.get(copy, default)
 
 
-def adamw(
-    model: Models,
-    mesh: Mesh,
-    *,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.95),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-) -> HostOptimizer:
-    def make(group: dict[str, Any]) -> Optimizer:
-        return torch.optim.AdamW([group], lr=lr, betas=betas, eps=eps, fused=True)
-
-    return HostOptimizer(groups_of(model, weight_decay), make, mesh)
-
-
-def sgd(
-    model: Models,
-    mesh: Mesh,
-    *,
-    lr: float,
-    momentum: float = 0.0,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
-) -> HostOptimizer:
-    def make(group: dict[str, Any]) -> Optimizer:
-        return torch.optim.SGD([group], lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
-
-    return HostOptimizer(groups_of(model, weight_decay), make, mesh)
-
-
 def _local(p: Tensor) -> Tensor:
     return p._local_tensor if isinstance(p, DTensor) else p.detach()
-
-
-def _settings(update: Optimizer) -> dict[str, Any]:
-    return {k: v for k, v in update.param_groups[0].items() if k != "params"}
 
 
 def _buckets(groups: list[dict[str, Any]]) -> list[tuple[int, list[nn.Parameter]]]:

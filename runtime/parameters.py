@@ -1,7 +1,8 @@
 """Parameters that know their whole shape: plain tensors, or DTensors over the tensor ranks."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,20 @@ def local(p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """This rank's part, differentiable; no communication, now or in the backward."""
     if isinstance(p, DTensor):
         p = p.to_local()
-    return p if dtype is None or p.dtype == dtype else p.to(dtype)
+    if dtype is None or p.dtype == dtype:
+        return p
+    p = p.to(dtype)
+    if Casts.watched:
+        Casts.storages.add(p.untyped_storage())
+    return p
+
+
+class Casts:
+    """Weights in another type than they are stored in, to be told from activations where those
+    leave the device (host_activations.py)."""
+
+    watched = False
+    storages: ClassVar[WeakSet[torch.UntypedStorage]] = WeakSet()
 
 
 def traits(model: nn.Module) -> dict[str, Traits]:

@@ -73,6 +73,7 @@ class _Short(Optimizer):
         super().__init__(parameters, options)
         self.moments, self.stochastic, self.seed = moments, rounding == "stochastic", seed
         self.names = {p: name for name, p in named_parameters(model)}
+        self.whole: dict[Any, Any] = {}  # of copies in host memory, what they are copies of
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -107,16 +108,17 @@ class _Short(Optimizer):
 
     def _parts(self, p: nn.Parameter) -> Iterator[tuple[Tensor, int, Tensor]]:
         """(flat part of the local weight, where it begins, positions in the whole one)."""
-        offsets = block_offsets(p) if isinstance(p, DTensor) else (0,) * p.ndim
+        whole = self.whole.get(p, p)
+        offsets = block_offsets(whole) if isinstance(whole, DTensor) else (0,) * p.ndim
         start = 0
-        for part, index in chunks(_local(p), tuple(p.shape), offsets):
+        for part, index in chunks(_local(p), tuple(whole.shape), offsets):
             yield part, start, index
             start += part.numel()
 
     def _rounded(self, wide: Tensor, p: nn.Parameter, step: Tensor, index: Tensor) -> Tensor:
         if not self.stochastic:
             return wide  # copying it rounds to the nearest
-        key = random.key(self.seed, f"rounding {self.names[p]}")
+        key = random.key(self.seed, f"rounding {self.names[self.whole.get(p, p)]}")
         update = random.bits(key, step.long())
         return random.round_to_bfloat16(wide, random.bits(update, index))
 

@@ -34,7 +34,7 @@ class DataGroups:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataCost:
     """Exposed seconds: in each micro-batch's forward and backward, and once a step at its start and
-    end.
+    end. host_*: of the link to host memory.
 
     sends: (kind, axis, bytes, how often in a step).
     """
@@ -43,6 +43,8 @@ class DataCost:
     backward_s: float = 0.0
     first_s: float = 0.0
     last_s: float = 0.0
+    host_forward_s: float = 0.0
+    host_backward_s: float = 0.0
     sends: tuple[tuple[str, str, int, int], ...] = ()
 
 
@@ -50,7 +52,7 @@ NOTHING = DataCost()
 
 
 @dataclass(frozen=True, slots=True)
-class _Unit:
+class ZeroUnit:
     """One block of ZeRO's units: elements, of them those of split experts, which are a unit inside
     it, seconds of its forward and backward, how often."""
 
@@ -61,23 +63,25 @@ class _Unit:
     count: int
 
 
-def _units(stage: Stage) -> list[_Unit]:
+def units_of(stage: Stage) -> list[ZeroUnit]:
     units = [_unit(run) for run in stage.runs if run.repeated and run.cost.elements]
     if stage.root_elements:
         rest = [_unit(run) for run in stage.runs if not run.repeated]
         forward, backward = sum(u.forward_s for u in rest), sum(u.backward_s for u in rest)
-        units.append(_Unit(stage.root_elements, stage.root_expert_elements, forward, backward, 1))
+        units.append(
+            ZeroUnit(stage.root_elements, stage.root_expert_elements, forward, backward, 1)
+        )
     return units
 
 
-def _unit(run: Run) -> _Unit:
+def _unit(run: Run) -> ZeroUnit:
     cost = run.cost
     forward = cost.whole_forward_s
     backward = cost.whole_backward_s + (forward if run.recompute else 0.0)
-    return _Unit(cost.elements, cost.expert_elements, forward, backward, run.count)
+    return ZeroUnit(cost.elements, cost.expert_elements, forward, backward, run.count)
 
 
-def _sent_s(kind: Collective, width: int, unit: _Unit, groups: DataGroups) -> float:
+def sent_s(kind: Collective, width: int, unit: ZeroUnit, groups: DataGroups) -> float:
     """Both parts of a unit, one after the other: they use the same links."""
     shared = collective_s(kind, width * (unit.elements - unit.experts), groups.shards)
     return shared + collective_s(kind, width * unit.experts, groups.experts)
@@ -95,7 +99,7 @@ def data_cost(
         return NOTHING
     if zero == 0:
         return _replicated(stage, groups, types, machine)
-    return _sharded(_units(stage), zero, microbatches, groups, types, machine)
+    return _sharded(units_of(stage), zero, microbatches, groups, types, machine)
 
 
 def _replicated(stage: Stage, groups: DataGroups, types: Types, machine: Machine) -> DataCost:
@@ -115,7 +119,7 @@ def _replicated(stage: Stage, groups: DataGroups, types: Types, machine: Machine
 
 
 def _sharded(
-    units: list[_Unit],
+    units: list[ZeroUnit],
     zero: int,
     microbatches: int,
     groups: DataGroups,
@@ -123,8 +127,8 @@ def _sharded(
     machine: Machine,
 ) -> DataCost:
     share = machine.overlap
-    gather = [_sent_s(GATHER, types.compute, u, groups) for u in units]
-    scatter = [_sent_s(SCATTER, types.reduced, u, groups) for u in units]
+    gather = [sent_s(GATHER, types.compute, u, groups) for u in units]
+    scatter = [sent_s(SCATTER, types.reduced, u, groups) for u in units]
     pairs = list(zip(units, gather, scatter, strict=True))
     opening = max(gather)  # nothing runs before the first parameters are there
     closing = max(scatter)

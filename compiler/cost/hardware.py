@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmspec.compiler.cost.types import Types
-from llmspec.dsl.program import Cluster, DeviceKind
+from llmspec.dsl.program import Cluster, Device, DeviceKind
 
 GPU_CONSTANTS = {
     # One kernel's launch and tail as the stream sees it, queue kept full; NVIDIA's own blog on CUDA
@@ -28,6 +28,13 @@ GPU_CONSTANTS = {
     "network_efficiency": 0.85,
     # Share of a collective on its own stream that kernels can hide: it holds some multiprocessors.
     "overlap": 0.90,
+    # Share of the host link that long copies of pinned memory reach: 25 to 26 of 31.5 GB/s
+    # (generation 4) and 53 to 55 of 63 GB/s (generation 5) in nvbandwidth's published runs.
+    "host_link_efficiency": 0.82,
+    # Bytes/s at which all processes of a node together update weights on the CPU. ZeRO-Offload
+    # (Ren et al. 2021, arXiv 2101.06840, table 4): 2.41 s for AdamW of 8e9 parameters, 28 bytes
+    # each, on two sockets of 24 cores.
+    "host_update_bytes_per_s": 9.3e10,
     # Streaming multiprocessors, for how a product's tiles fill them.
     "multiprocessors": 132.0,
 }
@@ -46,8 +53,13 @@ CPU_CONSTANTS = {
     "network_efficiency": 0.80,
     # Gloo's threads run on the cores that compute.
     "overlap": 0.0,
+    # The host's memory is the device's.
+    "host_link_efficiency": 1.0,
     "multiprocessors": 1.0,
 }
+
+GPU_HOST_LINK_BYTES_PER_S = 15.75e9
+"""Where a device does not say: PCIe of generation 3, 16 lanes, the slowest of the library's."""
 
 CPU_LINK_BYTES_PER_S = 1e9
 """Gloo over shared memory: 0.9 GB/s of bus bandwidth between two processes."""
@@ -61,6 +73,9 @@ class Machine:
     else.
     peak_flops: the nominal one that utilisation is a share of.
     link, network: bytes/s one way inside a node and, per device, between nodes.
+    host_link: bytes/s one way to host memory; host_update: that the CPU's share of one device
+        moves as it updates weights there.
+    pinned: host memory is another memory, and pinned; copies_overlap: with computing.
     """
 
     matrix_flops: float
@@ -73,6 +88,10 @@ class Machine:
     network_bytes_per_s: float
     network_latency_s: float
     devices_per_node: int
+    host_link_bytes_per_s: float
+    host_update_bytes_per_s: float
+    pinned: bool
+    copies_overlap: bool
     fixed_bytes: int
     overlap: float
     multiprocessors: int
@@ -98,10 +117,27 @@ def machine_of(cluster: Cluster, types: Types) -> Machine:
         network_bytes_per_s=cluster.network_bytes_per_s * known["network_efficiency"],
         network_latency_s=known["network_latency_s"],
         devices_per_node=cluster.devices_per_node,
+        host_link_bytes_per_s=host_link_bytes_per_s(device) * known["host_link_efficiency"],
+        host_update_bytes_per_s=_host_update(cluster, known),
+        pinned=device.kind is DeviceKind.GPU,
+        copies_overlap=device.kind is DeviceKind.GPU,
         fixed_bytes=int(known["fixed_bytes"]),
         overlap=known["overlap"],
         multiprocessors=int(known["multiprocessors"]),
     )
+
+
+def host_link_bytes_per_s(device: Device) -> float:
+    """One way. A CPU's copy reads and writes the one memory."""
+    if device.kind is DeviceKind.CPU:
+        return device.memory_bytes_per_s / 2
+    return device.host_link_bytes_per_s or GPU_HOST_LINK_BYTES_PER_S
+
+
+def _host_update(cluster: Cluster, known: dict[str, float]) -> float:
+    if cluster.device.kind is DeviceKind.CPU:
+        return cluster.device.memory_bytes_per_s * known["memory_efficiency"]
+    return known["host_update_bytes_per_s"] / cluster.devices_per_node
 
 
 def peak_flops(peaks: dict[str, float], types: Types) -> float:

@@ -37,6 +37,7 @@ class Residence:
     shards, expert_shards: into how many parts ZeRO cuts what all data ranks have, and experts.
     in_flight: micro-batches whose activations a stage holds at once.
     sends_on: the stage's output goes to another rank, and is kept for its backward.
+    receives: its input comes from one.
     """
 
     zero: int
@@ -46,6 +47,7 @@ class Residence:
     in_flight: int
     sends_on: bool
     expert_shards: int = 1
+    receives: bool = False
 
     @property
     def parts(self) -> Parts:

@@ -27,12 +27,13 @@ class Run:
 
     recompute: only each use's input is kept, and its forward runs again in the backward.
     repeated: ZeRO gathers each use by itself; what is not repeated is gathered together, as the
-    root."""
+    root. block: stands between the chain's first and last unit."""
 
     cost: UnitCost
     count: int
     recompute: bool
     repeated: bool
+    block: bool = False
 
 
 @dataclass(frozen=True)

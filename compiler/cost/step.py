@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from llmspec.compiler.cost.data import DataCost
 from llmspec.compiler.cost.hardware import Machine
 from llmspec.compiler.cost.network import Group, collective_s
+from llmspec.compiler.cost.offload import Offload, update_s
 from llmspec.compiler.cost.play import play_s
 from llmspec.compiler.cost.stage import Parts, Stage
 from llmspec.compiler.cost.types import Types
@@ -45,10 +46,11 @@ class Tail:
     data_s: float
     tensor_s: float
     optimizer_s: float
+    offload_s: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.data_s + self.tensor_s + self.optimizer_s
+        return self.data_s + self.tensor_s + self.optimizer_s + self.offload_s
 
 
 def optimizer_s(elements: int, types: Types, machine: Machine) -> float:
@@ -67,23 +69,27 @@ def tail(
     shared_s: float,
     types: Types,
     machine: Machine,
+    offload: Offload = (),
 ) -> Tail:
     """`parts`: into which ZeRO cuts the optimizer's state. `shared_s`: of summing gradients of
     weights that two stages hold."""
     shadow = parts.largest(stage.shadow_elements, stage.expert_shadow_elements)
     held = parts.largest(stage.elements, stage.expert_elements)
+    on_host = update_s(held, types, machine, offload)
+    update, link = on_host or (optimizer_s(held, types, machine), 0.0)
     return Tail(
         data_s=data.first_s + data.last_s + shared_s,
         tensor_s=collective_s(Collective.ALL_REDUCE, types.reduced * shadow, tensor),
-        optimizer_s=optimizer_s(held, types, machine),
+        optimizer_s=update,
+        offload_s=link,
     )
 
 
 def durations(stage: Stage, data: DataCost) -> tuple[float, float]:
     """Seconds of one micro-batch's forward and backward on a stage."""
     return (
-        stage.whole_forward_s + data.forward_s,
-        stage.whole_backward_s + data.backward_s,
+        stage.whole_forward_s + data.forward_s + data.host_forward_s,
+        stage.whole_backward_s + data.backward_s + data.host_backward_s,
     )
 
 
@@ -127,4 +133,5 @@ def step_times(
         pipeline_bubble=max(0.0, span[0] - microbatches * spent[busiest]),
         pipeline_transfer=span[1],
         optimizer=end.optimizer_s,
+        offload=microbatches * (cost.host_forward_s + cost.host_backward_s) + end.offload_s,
     )

@@ -35,6 +35,10 @@ from llmspec.compiler.placement import (
 )
 from llmspec.compiler.plan import UnitPlacement
 
+SMALLEST_SHARE = 16
+"""Of a block's input: smaller values stay on the device (runtime/host_activations.py has the same):
+starting a copy of less takes longer than the copy."""
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -136,7 +140,8 @@ class UnitCost:
 
     tensor_*_s, context_*_s, expert_*_s: what it sends over these axes, less what computing hides.
     flops, backward_flops: executed.
-    saved_bytes: kept by autograd from forward to backward.
+    saved_bytes: kept by autograd from forward to backward. away_bytes: of these, storages large
+        enough to go to host memory in the meantime. *_host_bytes: what that takes there.
     input_bytes, output_bytes: of the value that flows, as it crosses the unit's boundary.
     working_bytes: alive besides while the unit's worst operator runs backward.
     elements: of its own parameters, here. shadow_elements: those whose gradient is a sum over
@@ -157,6 +162,9 @@ class UnitCost:
     backward_flops: float = 0.0
     model_flops: float = 0.0
     saved_bytes: int = 0
+    away_bytes: int = 0
+    away_host_bytes: int = 0
+    input_host_bytes: int = 0
     input_bytes: int = 0
     output_bytes: int = 0
     working_bytes: int = 0
@@ -192,7 +200,7 @@ class _Tally:
     width: int
     kept: set[tuple[fx.Node, State]] = field(default_factory=set)
     cast: set[str] = field(default_factory=set)
-    extra_bytes: int = 0
+    extras: list[int] = field(default_factory=list)
     inner: Mapping[str, Group] = field(default_factory=dict)
     sends: Counter[tuple[str, str, int, bool]] = field(default_factory=Counter)
     sent_s: defaultdict[tuple[str, bool], float] = field(default_factory=lambda: defaultdict(float))
@@ -219,7 +227,7 @@ class _Tally:
             self.keep(operands[i], choice.operands[i])
         if cost.saved.result:
             self.keep(node, choice.result)
-        self.extra_bytes += cost.saved.extra_bytes
+        self.extras.append(cost.saved.extra_bytes)
         self.send(node, shapes, cost)
         return cost
 
@@ -281,6 +289,11 @@ def operator_sends_s(
     return found[0], found[1]
 
 
+def host_bytes(size: int, machine: Machine) -> int:
+    """What PyTorch takes for so many: pinned memory comes in powers of two."""
+    return 1 << (size - 1).bit_length() if machine.pinned and size else size
+
+
 def parameter_nodes(unit: Unit) -> list[fx.Node]:
     """The weights: buffers left out."""
     return [n for n in unit.graph.nodes if n.op == "get_attr" and not is_integer(n)]
@@ -311,6 +324,8 @@ def unit_cost(
     own = {p: e for p, e in elements.items() if unit.parameters[p].tied is None}
     shadow = {p: e for p, e in own.items() if layout.parameters[p] == SHADOW}
     cast = {p: elements[p] for p in tally.cast}
+    kept = [*tally.extras, *(tally.bytes_of(*key) for key in tally.kept)]
+    away = [size for size in kept if size and size >= into // SMALLEST_SHARE]
     return UnitCost(
         forward_s=sum(c.forward_s for c in costs),
         backward_s=sum(c.backward_s for c in costs),
@@ -323,7 +338,10 @@ def unit_cost(
         flops=sum(c.flops for c in costs),
         backward_flops=sum(c.backward_flops for c in costs),
         model_flops=sum(c.model_flops for c in costs),
-        saved_bytes=tally.extra_bytes + sum(tally.bytes_of(*key) for key in tally.kept),
+        saved_bytes=sum(kept),
+        away_bytes=sum(away),
+        away_host_bytes=sum(host_bytes(size, machine) for size in away),
+        input_host_bytes=host_bytes(into, machine),
         input_bytes=into,
         output_bytes=tally.bytes_of(unit.result(), layout.boundary_out),
         working_bytes=max((c.working_bytes for c in costs), default=0),

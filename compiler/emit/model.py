@@ -93,8 +93,12 @@ class Header:
             f"Emitted by llmspec from {self.spec}. Spec {p.spec_hash}, plan {p.plan_hash}.",
             f"Change the spec or the plan, then: llmspec compile {self.spec}",
             "",
-            f"Mesh: {mesh}. ZeRO {p.zero}.",
+            f"Mesh: {mesh}. ZeRO {p.zero}." + self.host(),
         ]
+
+    def host(self) -> str:
+        names = [_HOST_WORDS[word] for word in self.plan.offload]
+        return f" In host memory: {' and '.join(names)}." if names else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +139,7 @@ class ModelPrinter:
         )
         self.chain = lowered.whole.instances
         self.staged = len(plan.stages) > 1
+        self.keeps_on_host = "activations" in plan.offload and bool(lowered.blocks())
 
     # -- comments
 
@@ -329,6 +334,9 @@ class ModelPrinter:
             if self.staged:
                 text.line("first, stop = STAGES[stage]")
                 text.line("self.is_first, self.is_last = stage == 0, stage == len(STAGES) - 1")
+            if self.keeps_on_host:
+                self.style.imports.add(("runtime.host_activations", "HostActivations"))
+                text.line("self.host = HostActivations(mesh)")
             for container in self._containers():
                 text.line(f"{container} = Group()")
                 self.style.imports.add(("runtime.parameters", "Group"))
@@ -472,19 +480,53 @@ class ModelPrinter:
             return
         for run in self._runs():
             with text.block(f"for block in self.{run.container}.values():"):
-                text.line(f"x = block(x{self._extra(run.unit)})")
+                self._print_use(text, self._extra(run.unit))
         if self._runs():
             return
         extras = {self._extra(b.unit) for b in blocks}
         if len(extras) == 1:
             with text.block("for block in self.chain:"):
-                text.line(f"x = block(x{extras.pop()})")
+                self._print_use(text, extras.pop())
             return
         by_class = {class_name(b.unit): self._extra(b.unit) for b in blocks}
         with text.block("for block in self.chain:"):
             for kind, extra in by_class.items():
                 with text.block(f"if isinstance(block, {kind}):"):
-                    text.line(f"x = block(x{extra})")
+                    self._print_use(text, extra)
+
+    def _print_use(self, text: Text, extra: str) -> None:
+        """One block's call."""
+        if not self.keeps_on_host:
+            text.line(f"x = block(x{extra})")
+            return
+        for comment in away_comments(self.plan):
+            text.line(f"# {comment}")
+        with text.block("with self.host.keep(block, x):"):
+            text.line(f"x = block(x{extra})")
+
+
+def away_comments(plan: Plan) -> list[str]:
+    """What leaves with activations, and what the link then costs in the open."""
+    lines = ["what the backward needs of a block waits in host memory; the device has two blocks'"]
+    if known := plan.predicted.get("predicted"):
+        size = in_bytes(known["host_memory_bytes"]["activations"])
+        lines.append(f"{size} a process predicted, {link_words(plan)}")
+    return lines
+
+
+def link_words(plan: Plan) -> str:
+    """Of all that crosses the link to the host in a step."""
+    spent = plan.predicted["predicted"]["time_s"]["offload"]
+    if spent < 1e-6:
+        return "its copies hidden behind computing"
+    return f"{spent * 1e3:.3g} ms of a step's copies not hidden"
+
+
+_HOST_WORDS = {
+    "activations": "activations",
+    "optimizer": "the optimizer",
+    "parameters": "parameters and the optimizer",
+}
 
 
 def print_model(

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmspec.compiler.cost.memory import Ledger, Residence, ledger
+from llmspec.compiler.cost.memory import Ledger, Residence
 from llmspec.compiler.cost.network import group, inner_groups, send_s
+from llmspec.compiler.cost.offload import ledgers
 from llmspec.compiler.cost.stage import Stage
 from llmspec.compiler.cost.step import durations
 from llmspec.compiler.graph import ModelGraph
@@ -62,16 +63,18 @@ def forecast(program: Program, plan: Plan, graph: ModelGraph) -> Forecast:
     space = Space.of(program, lambda _: graph)
     shape = _shape(space, plan)
     stages = [space.stage(shape, a, b) for a, b in shape.cut]
-    data = space.data_costs(shape, stages, plan.zero, plan.mesh.shards)
+    data = space.data_costs(shape, stages, plan.zero, plan.mesh.shards, plan.offload)
     starts = [i for i, instance in enumerate(graph.instances) if instance.prefix]
     found = []
     for index, (stage, cost) in enumerate(zip(stages, data, strict=True)):
         forward, backward = durations(stage, cost)
+        home = _residence(plan, index)
+        memory, _ = ledgers(stage, home, space.types, space.machine, plan.offload)
         first, stop = shape.cut[index]
         found.append(
             StageForecast(
                 blocks=sum(first <= i < stop for i in starts),
-                memory=ledger(stage, _residence(plan, index), space.types, space.machine),
+                memory=memory,
                 forward_s=forward,
                 backward_s=backward,
             )
@@ -88,13 +91,17 @@ def forecast(program: Program, plan: Plan, graph: ModelGraph) -> Forecast:
 
 def _priced(space: Space, plan: Plan, shape: Shape, stages: list[Stage]) -> Candidate:
     zero, shards, schedule = plan.zero, plan.mesh.shards, Schedule(plan.schedule)
+    offload = plan.offload
+    memory, host = space.worst_ledger(shape, stages, zero, shards, schedule, offload)
     return Candidate(
         shape=shape,
         zero=zero,
         shards=shards,
         schedule=schedule,
-        ledger=space.worst_ledger(shape, stages, zero, shards, schedule),
-        times=space.times(shape, stages, zero, shards, schedule, play=True),
+        ledger=memory,
+        times=space.times(shape, stages, zero, shards, schedule, offload, play=True),
+        offload=offload,
+        host=host,
     )
 
 
@@ -135,6 +142,7 @@ def _residence(plan: Plan, index: int) -> Residence:
         microbatches=count,
         in_flight=count if every else min(count, pipeline - index),
         sends_on=index < pipeline - 1,
+        receives=index > 0,
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from llmspec.compiler.emit.model import Header
-from llmspec.compiler.emit.text import Text, formatted, quoted
+from llmspec.compiler.emit.model import Header, link_words
+from llmspec.compiler.emit.text import Text, formatted, in_bytes, quoted
 from llmspec.compiler.errors import InternalError
 from llmspec.compiler.lower import Lowered
 from llmspec.compiler.ops import routing
@@ -93,7 +93,15 @@ class TrainPrinter:
             return f"ReplicatedGradients({model}, mesh{types})"
         self.imports.add("from runtime.sharded_data_parallel import ShardedGradients")
         types = ", compute=COMPUTE, reduce=REDUCE" if self.typed else ""
-        return f"ShardedGradients({model}, mesh, units={model}.units(), zero={plan.zero}{types})"
+        how = f"zero={plan.zero}{types}{self.home()}"
+        return f"ShardedGradients({model}, mesh, units={model}.units(), {how})"
+
+    @property
+    def stored_on_host(self) -> bool:
+        return "parameters" in self.plan.offload
+
+    def home(self) -> str:
+        return ", on_host=True" if self.stored_on_host else ""
 
     def data_moves(self) -> None:
         """Comments: what travels over the data ranks and stands in no other line."""
@@ -105,6 +113,8 @@ class TrainPrinter:
             summed = "once a step" if plan.zero == 1 else "after every backward"
             self.text.line(f"# FSDP2 gathers each unit's parameters {gathered},")
             self.text.line(f"# and sums its gradients over the data ranks {summed}, a part on each")
+        if self.stored_on_host:
+            self.text.line("# the parts are in host memory, and with them the optimizer's state")
 
     def boundary(self) -> tuple[str, str]:
         """Shape and type of what stages send each other."""
@@ -148,7 +158,7 @@ class TrainPrinter:
         t.line("self.model = Model(mesh)")
         self.data_moves()
         t.line(f"self.gradients = {self.wrapper('self.model')}")
-        t.line("initialise(self.model, mesh, seed=SEED)")
+        t.line(f"initialise(self.model, mesh, seed=SEED{self.home()})")
         t.line("self.models = [self.model]")
 
     def inner_scale(self) -> None:
@@ -220,7 +230,7 @@ class TrainPrinter:
         self.data_moves()
         t.line(f"gradients = {{stage: {self.wrapper('m')} for stage, m in models.items()}}")
         with t.block("for model in models.values():"):
-            t.line("initialise(model, mesh, seed=SEED)")
+            t.line(f"initialise(model, mesh, seed=SEED{self.home()})")
         t.line("self.models = list(models.values())")
         shape, kind = self.boundary()
         tied = self.tied()
@@ -284,7 +294,7 @@ class TrainPrinter:
             t.line("trainer = Trainer(mesh)")
             if self.precision.tf32:
                 t.line('torch.set_float32_matmul_precision("high")  # products in TF32')
-            t.line(f"optimizer = {self.optimizer()}")
+            self.print_optimizer()
             phases = [self.call_text("learning_rate", p) for p in train.learning_rate]
             peak = literal(train.optimizer.option("lr"))  # type: ignore[arg-type]
             t.line(f"rate = learning_rate.schedule({', '.join([peak, 'STEPS', *phases])})")
@@ -293,6 +303,22 @@ class TrainPrinter:
                 held_out = train.validate.option("dataset")
                 t.line(f"held_out = {self.dataset(held_out)}")  # type: ignore[arg-type]
             self.loop(literal(clip))  # type: ignore[arg-type]
+
+    def print_optimizer(self) -> None:
+        """The line that makes it, and where its state is."""
+        t, made, offload = self.text, self.optimizer(), self.plan.offload
+        if "optimizer" in offload:
+            t.line("# its state and a copy of the weights are in host memory, updated by the CPU:")
+            t.line("# gradients go there and weights come back, bucket by bucket")
+            self.imports.add("from runtime.host_optimizer import on_host")
+            made = f"on_host({made}, mesh)"
+        known = self.plan.predicted.get("predicted")
+        if known and ("optimizer" in offload or "parameters" in offload):
+            size = in_bytes(known["peak_host_memory_bytes"])
+            update = known["time_s"]["optimizer"] * 1e3
+            t.line(f"# {size} of host memory a process, {update:.3g} ms an update predicted,")
+            t.line(f"# {link_words(self.plan)}")
+        t.line(f"optimizer = {made}")
 
     def optimizer(self) -> str:
         """PyTorch's own class, where weights and moments have one type."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmspec.compiler.cost.memory import Ledger
+from llmspec.compiler.cost.offload import NO_HOST, HostLedger, Offload
 from llmspec.compiler.cost.step import Times
 from llmspec.compiler.plan import MeshSizes
 from llmspec.compiler.schedules import Schedule
@@ -59,6 +60,10 @@ class Shape:
     cut: Cut
 
 
+WORTH_OFFLOADING = 1.05
+"""How many times slower a plan without offload may be than one with it, and still be chosen."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """One plan with its price. `times` is None when it does not fit."""
@@ -69,6 +74,8 @@ class Candidate:
     schedule: Schedule
     ledger: Ledger
     times: Times | None = None
+    offload: Offload = ()
+    host: HostLedger = NO_HOST
 
     @property
     def mesh(self) -> MeshSizes:
@@ -96,10 +103,16 @@ class Candidate:
         return float("inf") if self.times is None else self.times.total
 
     @property
+    def weighed_s(self) -> float:
+        """The step as plans are ranked by it: host memory has to be worth its while."""
+        return self.step_s * (WORTH_OFFLOADING if self.offload else 1.0)
+
+    @property
     def simplicity(self) -> tuple[object, ...]:
         """What decides between plans of equal time: the fewer kinds of parallelism the better."""
         shape = self.shape
         return (
+            len(self.offload),
             shape.grid.pipeline,
             shape.grid.tensor,
             shape.grid.context,
@@ -119,4 +132,4 @@ class Candidate:
     @property
     def rank(self) -> tuple[object, ...]:
         """The order of plans: the step's time to four digits, then simplicity."""
-        return (float(f"{self.step_s:.3e}"), *self.simplicity)
+        return (float(f"{self.weighed_s:.3e}"), *self.simplicity)

@@ -38,6 +38,7 @@ def families_of(found: Candidate) -> tuple[Family, ...]:
         names.append(("schedule", str(found.schedule)))
     if found.zero:
         names.append(("sharding", "hybrid" if mesh.shards < mesh.data else "full"))
+    names += [("offload", word) for word in found.offload or ("none",)]
     return tuple(names)
 
 
@@ -99,7 +100,7 @@ class Tally:
     def settled(self, families: set[Family], least_s: float) -> bool:
         """Whether no plan with a step of at least `least_s` can be any family's fastest."""
         known = (self.fastest.get(family) for family in families)
-        return all(best is not None and best.step_s < least_s for best in known)
+        return all(best is not None and best.weighed_s < least_s for best in known)
 
 
 def _better(new: Candidate, old: Candidate) -> bool:
@@ -152,7 +153,9 @@ def _slower(family: Family, winner: Candidate, other: Candidate) -> Lost:
     before, after = winner.times.parts(), other.times.parts()
     term = max(after, key=lambda part: after[part] - before[part])
     gained = after[term] - before[term]
-    if share < 0.0005:
+    if share < 0 and other.offload:
+        text = f"{-100 * share:.1f} % faster, too little to depend on host memory"
+    elif share < 0.0005:
         text = "as fast, and less simple"
     else:
         text = f"{100 * share:.1f} % slower: {WORDS[term]} +{seconds(gained)}"
@@ -195,6 +198,8 @@ def describe(found: Candidate) -> str:
     words.append(f"microbatch {shape.microbatch} x {shape.microbatches}")
     if any(policy == "full" for _, policy in shape.recompute):
         words.append("recompute full")
+    if found.offload:
+        words.append(f"offload {' and '.join(found.offload)}")
     return ", ".join(words)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from llmspec.compiler.cost.offload import CHOICES as OFFLOADS
+from llmspec.compiler.cost.offload import Offload
 from llmspec.compiler.errors import Unsupported
 from llmspec.dsl.program import Constraint, Option, Program, Relation
 
 ONLY: dict[str, tuple[Option, ...]] = {
     "interleave": (1,),
-    "offload": ("none",),
     "kernels": ("eager",),
 }
 """Keys whose value the search does not choose yet, and what they may say."""
@@ -29,7 +30,15 @@ SEARCHED = (
     "stages",
     "microbatch",
     "recompute",
+    "offload",
 )
+
+
+def offload_value(offload: Offload) -> Option:
+    """As the language has it: `none`, a word, or several."""
+    if not offload:
+        return "none"
+    return offload[0] if len(offload) == 1 else offload
 
 
 def plain(value: Option) -> Option:
@@ -60,6 +69,10 @@ class Pins:
 
     def allowed(self, key: str, values: Iterable[int]) -> list[int]:
         return [v for v in values if self.allows(key, v)]
+
+    def offloads(self) -> tuple[Offload, ...]:
+        """Of all ways to use host memory those that the lines allow."""
+        return tuple(o for o in OFFLOADS if self.allows("offload", offload_value(o)))
 
     def stage_blocks(self) -> tuple[int, ...] | None:
         """The pinned number of blocks of each stage."""

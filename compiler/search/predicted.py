@@ -70,7 +70,7 @@ def plan_object(space: Space, found: Candidate) -> Number:
         "microbatch": shape.microbatch,
         "recompute": "full" if "full" in policies else "none",
         "recompute_by_unit": dict(shape.recompute),
-        "offload": "none",
+        "offload": list(found.offload) or "none",
         "kernels": "eager",
         "world_size": mesh.world_size,
         "microbatches": shape.microbatches,
@@ -98,6 +98,8 @@ def predicted_object(space: Space, found: Candidate) -> Number:
         "peak_memory_bytes": found.peak_bytes,
         "bytes_per_parameter": space.types.bytes_per_parameter,
         "memory_bytes": found.ledger.parts(),
+        "host_memory_bytes": found.host.parts(),
+        "peak_host_memory_bytes": found.host.total,
         "time_s": {name: rounded(value) for name, value in times.parts().items()},
         "bubble_fraction": rounded(waiting / step),
         "collectives": collectives(space, found, stages),
@@ -138,7 +140,7 @@ def collectives(space: Space, found: Candidate, stages: list[Stage]) -> list[Num
     if mesh.tensor > 1 and summed:
         size = space.types.reduced * summed
         counted[str(Collective.ALL_REDUCE), "tensor", mesh.tensor, size] += 1
-    data = space.data_costs(shape, stages, found.zero, found.shards)[busiest]
+    data = space.data_costs(shape, stages, found.zero, found.shards, found.offload)[busiest]
     sizes = {
         "shards": mesh.shards * mesh.context,
         "replicas": mesh.replicas,

@@ -156,6 +156,7 @@ def plan_of(space: Space, winner: Candidate, considered: int, fit: int) -> Plan:
         microbatches=shape.microbatches,
         schedule=str(winner.schedule),
         context_style=shape.option.view.style,
+        offload=winner.offload,
         stages=shape.cut,
         recompute=dict(shape.recompute),
         placements=shape.option.placements,

@@ -10,7 +10,7 @@ from math import gcd
 
 from llmspec.compiler.cost.data import DataCost, DataGroups, data_cost
 from llmspec.compiler.cost.hardware import Machine, machine_of
-from llmspec.compiler.cost.memory import Ledger, Residence, ledger
+from llmspec.compiler.cost.memory import Ledger, Residence
 from llmspec.compiler.cost.network import (
     axis_group,
     collective_s,
@@ -20,6 +20,18 @@ from llmspec.compiler.cost.network import (
     send_s,
     shards_group,
 )
+from llmspec.compiler.cost.offload import (
+    ACTIVATIONS,
+    NO_HOST,
+    OPTIMIZER,
+    PARAMETERS,
+    HostLedger,
+    Offload,
+    away_bytes,
+    host_cost,
+    ledgers,
+)
+from llmspec.compiler.cost.offload import CHOICES as OFFLOADS
 from llmspec.compiler.cost.stage import Run, Stage
 from llmspec.compiler.cost.step import (
     Times,
@@ -70,12 +82,46 @@ class Space:
     unit_costs: dict[tuple[int, int], dict[str, UnitCost]] = field(default_factory=dict)
     stages: dict[tuple[object, ...], Stage] = field(default_factory=dict)
     lists: dict[tuple[object, ...], dict[int, tuple[str, ...]]] = field(default_factory=dict)
+    offloads: tuple[Offload, ...] = ((),)
+    """What may live in host memory, a choice a tuple."""
+    besides: bool = False
+    """Whether plans without offload have been looked at already."""
+    host_needed: dict[int, int] = field(default_factory=dict)
+    """The least host memory of a rank among the plans that had too little, by 0."""
 
     @staticmethod
     def of(program: Program, build: Build) -> Space:
         """Errors: Unsupported for what cannot be priced or pinned yet."""
         types = types_of(program.train)
-        return Space(program, build, Pins.of(program), types, machine_of(program.cluster, types))
+        machine = machine_of(program.cluster, types)
+        return Space(program, build, Pins(()), types, machine).pinned(Pins.of(program))
+
+    def pinned(self, pins: Pins) -> Space:
+        """The same program under other lines. Offload is a choice only where the lines say so."""
+        offloads = pins.offloads() if pins.about("offload") else ((),)
+        return Space(
+            self.program,
+            self.build,
+            pins,
+            self.types,
+            self.machine,
+            self.graphs,
+            offloads=offloads,
+        )
+
+    def with_offload(self) -> Space | None:
+        """The plans besides: those that use host memory. None when the lines decide that, or the
+        device's memory is the host's."""
+        if self.pins.about("offload") or self.offloads != ((),) or not self.machine.pinned:
+            return None
+        return replace(self, offloads=OFFLOADS, besides=True)
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of one rank."""
+        cluster, budget = self.program.cluster, self.program.budget
+        here = min(cluster.devices_per_node, cluster.world_size)
+        return (budget.host_memory_bytes or cluster.host_memory_bytes) // here
 
     @property
     def budget_bytes(self) -> int:
@@ -248,14 +294,18 @@ class Space:
     ) -> Stage:
         graph = self.graph(1)
         tied = any(c.tied_elements for c in costs.values())
-        counted: list[tuple[str, bool, int]] = []
-        for instance in graph.instances[start:stop]:
+        counted: list[tuple[str, bool, int, bool]] = []
+        last = len(graph.instances) - 1
+        for index, instance in enumerate(graph.instances[start:stop], start):
             name, own = instance.unit, bool(instance.prefix) or pipeline > 1 or not tied
-            if counted and counted[-1][:2] == (name, own):
-                counted[-1] = (name, own, counted[-1][2] + 1)
+            if counted and counted[-1][:2] == (name, own) and index < last:
+                counted[-1] = (name, own, counted[-1][2] + 1, counted[-1][3])
             else:
-                counted.append((name, own, 1))
-        runs = tuple(Run(costs[n], count, policy[n] == "full", own) for n, own, count in counted)
+                counted.append((name, own, 1, 0 < index < last))
+        runs = tuple(
+            Run(costs[n], count, policy[n] == "full", own, block)
+            for n, own, count, block in counted
+        )
         copies = sum(r.cost.tied_elements * r.count for r in runs) if pipeline > 1 else 0
         return Stage(runs, copies)
 
@@ -270,13 +320,20 @@ class Space:
         )
 
     def worst_ledger(
-        self, shape: Shape, stages: list[Stage], zero: int, shards: int, schedule: Schedule
-    ) -> Ledger:
-        """Of the fullest rank. Equal stages differ by what is in flight, most on the first of
-        them."""
+        self,
+        shape: Shape,
+        stages: list[Stage],
+        zero: int,
+        shards: int,
+        schedule: Schedule,
+        offload: Offload = (),
+    ) -> tuple[Ledger, HostLedger]:
+        """Of the fullest rank, and of the one with most in host memory. Equal stages differ by
+        what is in flight, most on the first of them."""
         pipeline, count = shape.grid.pipeline, shape.microbatches
         seen: set[int] = set()
         worst: Ledger | None = None
+        host = NO_HOST
         for index, stage in enumerate(stages):
             if id(stage) in seen:
                 continue
@@ -291,15 +348,22 @@ class Space:
                 if schedule is Schedule.GPIPE and pipeline > 1
                 else min(count, pipeline - index),
                 sends_on=index < pipeline - 1,
+                receives=index > 0,
             )
-            made = ledger(stage, home, self.types, self.machine)
+            made, there = ledgers(stage, home, self.types, self.machine, offload)
+            host = max(host, there, key=lambda h: h.total)
             if worst is None or made.total > worst.total:
                 worst = made
         assert worst is not None, "a plan has at least one stage"
-        return worst
+        return worst, host
 
     def data_costs(
-        self, shape: Shape, stages: list[Stage], zero: int, shards: int
+        self,
+        shape: Shape,
+        stages: list[Stage],
+        zero: int,
+        shards: int,
+        offload: Offload = (),
     ) -> list[DataCost]:
         mesh = self.mesh(shape.grid, shards)
         groups = DataGroups(
@@ -312,6 +376,11 @@ class Space:
             id(s): data_cost(s, zero, shape.microbatches, groups, self.types, self.machine)
             for s in {id(s): s for s in stages}.values()
         }
+        if offload:
+            parts = shape.grid.parts(zero, shards)
+            for s in {id(s): s for s in stages}.values():
+                link = host_cost(s, groups, parts, self.types, self.machine, offload)
+                made[id(s)] = replace(made[id(s)], host_forward_s=link[0], host_backward_s=link[1])
         return [made[id(s)] for s in stages]
 
     def times(
@@ -321,11 +390,12 @@ class Space:
         zero: int,
         shards: int,
         schedule: Schedule,
+        offload: Offload = (),
         *,
         play: bool,
     ) -> Times:
         """`play`: the schedule's own action lists instead of the closed form."""
-        data = self.data_costs(shape, stages, zero, shards)
+        data = self.data_costs(shape, stages, zero, shards, offload)
         mesh = self.mesh(shape.grid, shards)
         parts = shape.grid.parts(zero, shards)
         spent = [durations(s, d) for s, d in zip(stages, data, strict=True)]
@@ -338,7 +408,7 @@ class Space:
             span = makespan_s(spent, shape.microbatches, sending)
         shared = self.shared_weights(stages, mesh, parts.shared)
         tails = [
-            tail(s, d, parts, shape.option.where, shared[1], self.types, self.machine)
+            tail(s, d, parts, shape.option.where, shared[1], self.types, self.machine, offload)
             for s, d in zip(stages, data, strict=True)
         ]
         return step_times(stages, data, tails, shape.microbatches, span)
@@ -408,8 +478,8 @@ class Space:
         whole = self.stages[key]
         sharing = grid.data * grid.context
         elements = whole.elements + (sketch.view.expert - 1) * whole.expert_elements
-        of_one = self.types.weights + self.types.moments
-        kept, fixed = whole.kept_bytes(0), self.machine.fixed_bytes
+        of_one, kept = self._least_kept(whole)
+        fixed = self.machine.fixed_bytes
         return Outline(
             option=option,
             grid=grid,
@@ -420,6 +490,17 @@ class Space:
             least_bytes=fixed + (of_one * elements / sharing + kept) / grid.pipeline,
             least_whole_bytes=fixed + (of_one * whole.elements + kept) / grid.pipeline,
         )
+
+    def _least_kept(self, whole: Stage) -> tuple[int, int]:
+        """(bytes of a weight and its optimizer, bytes of activations) that no choice of what to
+        offload brings lower."""
+        away = any(OPTIMIZER in o or PARAMETERS in o for o in self.offloads)
+        moments = 0 if away else self.types.moments
+        weights = 0 if any(PARAMETERS in o for o in self.offloads) else self.types.weights
+        kept = whole.kept_bytes(0)
+        if any(ACTIVATIONS in o for o in self.offloads):
+            kept -= sum(run.count * away_bytes(run) for run in whole.runs)
+        return weights + moments, kept
 
     def shapes(self, outline: Outline) -> list[Shape]:
         option, grid = outline.option, outline.grid
@@ -442,7 +523,29 @@ class Space:
             stages = [self.stage(shape, a, b) for a, b in shape.cut]
             for zero, shards in shardings(shape.grid, self.pins):
                 for schedule in self.schedules(shape.grid.pipeline):
-                    yield self._candidate(shape, stages, zero, shards, schedule)
+                    yield from self._candidates(shape, stages, zero, shards, schedule)
+
+    def _candidates(
+        self, shape: Shape, stages: list[Stage], zero: int, shards: int, schedule: Schedule
+    ) -> Iterator[Candidate]:
+        """With each use of host memory. What adds one to a plan that fits is slower."""
+        fitting: list[Offload] = []
+        for offload in self.offloads:
+            if any(set(o) < set(offload) for o in fitting):
+                continue
+            if PARAMETERS in offload and not self._parameters_can_leave(shape.grid, zero):
+                continue
+            found = self._candidate(shape, stages, zero, shards, schedule, offload)
+            if found is None:
+                continue
+            if found.times is not None:
+                fitting.append(offload)
+            if offload or not self.besides:
+                yield found
+
+    def _parameters_can_leave(self, grid: Grid, zero: int) -> bool:
+        """FSDP2 holds what leaves; it leaves alone experts that no other rank has."""
+        return zero == 3 and (grid.expert == 1 or grid.data * grid.context > grid.expert)
 
     def smallest_of(self, outline: Outline) -> Iterator[Candidate]:
         """Of each ZeRO level the plan that shards most, for what cannot fit anyway."""
@@ -451,17 +554,35 @@ class Space:
             for one in shape:
                 stages = [self.stage(one, a, b) for a, b in one.cut]
                 for schedule in self.schedules(one.grid.pipeline)[:1]:
-                    yield self._candidate(one, stages, zero, shards, schedule)
+                    yield from self._candidates(one, stages, zero, shards, schedule)
 
     def _candidate(
-        self, shape: Shape, stages: list[Stage], zero: int, shards: int, schedule: Schedule
-    ) -> Candidate:
-        memory = self.worst_ledger(shape, stages, zero, shards, schedule)
+        self,
+        shape: Shape,
+        stages: list[Stage],
+        zero: int,
+        shards: int,
+        schedule: Schedule,
+        offload: Offload,
+    ) -> Candidate | None:
+        """None when the host has no memory for it."""
+        memory, host = self.worst_ledger(shape, stages, zero, shards, schedule, offload)
+        if host.total > self.host_bytes:
+            least = min(host.total, self.host_needed.get(0, host.total))
+            self.host_needed[0] = least
+            return None
         times = None
         if memory.total <= self.budget_bytes:
-            times = self.times(shape, stages, zero, shards, schedule, play=False)
+            times = self.times(shape, stages, zero, shards, schedule, offload, play=False)
         return Candidate(
-            shape=shape, zero=zero, shards=shards, schedule=schedule, ledger=memory, times=times
+            shape=shape,
+            zero=zero,
+            shards=shards,
+            schedule=schedule,
+            ledger=memory,
+            times=times,
+            offload=offload,
+            host=host,
         )
 
     def played(self, candidate: Candidate) -> Candidate:
@@ -469,6 +590,12 @@ class Space:
         shape = candidate.shape
         stages = [self.stage(shape, a, b) for a, b in shape.cut]
         times = self.times(
-            shape, stages, candidate.zero, candidate.shards, candidate.schedule, play=True
+            shape,
+            stages,
+            candidate.zero,
+            candidate.shards,
+            candidate.schedule,
+            candidate.offload,
+            play=True,
         )
         return replace(candidate, times=times)

@@ -6,7 +6,7 @@ import heapq
 import itertools
 from dataclasses import dataclass, field
 
-from llmspec.compiler.search.candidates import Candidate, Outline, Sketch
+from llmspec.compiler.search.candidates import WORTH_OFFLOADING, Candidate, Outline, Sketch
 from llmspec.compiler.search.explain import Tally, possible_families
 from llmspec.compiler.search.space import Space
 
@@ -43,7 +43,7 @@ class Shortlist:
 
     def closed_to(self, least_s: float) -> bool:
         """Whether no plan with a step of at least `least_s` can enter."""
-        return len(self.heap) == SHORTLIST and self.heap[0].candidate.step_s < least_s
+        return len(self.heap) == SHORTLIST and self.heap[0].candidate.weighed_s < least_s
 
 
 @dataclass
@@ -57,8 +57,18 @@ class Walk:
     smallest: Candidate | None = None
     considered: int = 0
     fit: int = 0
+    bound: bool = False
+    """Whether only what beats the best plan so far is looked at."""
 
     def run(self) -> None:
+        """Without offload first, unless the spec speaks of it."""
+        self._walk()
+        more = self.space.with_offload()
+        if more is not None:
+            self.space, self.bound = more, self.fit > 0
+            self._walk()
+
+    def _walk(self) -> None:
         waiting: list[tuple[float, int, Sketch | Outline]] = []
         too_large: list[Sketch] = []
         number = itertools.count()
@@ -70,6 +80,8 @@ class Walk:
                 self._price(item)
             elif item.least_bytes > self.space.budget_bytes:
                 too_large.append(item)
+            elif self.bound and self._beaten(least_s):
+                return
             elif not self.shortlist.closed_to(least_s):
                 for outline in self.space.opened(item):
                     heapq.heappush(waiting, (outline.least_s, next(number), outline))
@@ -91,9 +103,16 @@ class Walk:
                 self._add(candidate)
 
     def _hopeless(self, outline: Outline) -> bool:
+        if self.bound and self._beaten(outline.least_s):
+            return True
         if not self.shortlist.closed_to(outline.least_s):
             return False
         return self.tally.settled(possible_families(outline, self.space), outline.least_s)
+
+    def _beaten(self, least_s: float) -> bool:
+        """Whether offload cannot make a plan with such a bound the best of all."""
+        best = min(entry.candidate.weighed_s for entry in self.shortlist.heap)
+        return least_s * WORTH_OFFLOADING >= best
 
     def _add(self, candidate: Candidate) -> None:
         self.considered += 1
@@ -106,12 +125,18 @@ class Walk:
 
 
 def fastest(space: Space) -> Candidate | None:
-    """The best plan that fits, by the closed form; None when none does."""
+    """The best plan that fits, by the closed form; None when none does. Offload where nothing else
+    fits."""
+    more = space.with_offload()
+    return _fastest(space) or (_fastest(more) if more is not None else None)
+
+
+def _fastest(space: Space) -> Candidate | None:
     best: Candidate | None = None
     for outline in space.outlines():
         if outline.least_bytes > space.budget_bytes:
             continue
-        if best is not None and outline.least_s > best.step_s:
+        if best is not None and outline.least_s > best.weighed_s:
             break
         for candidate in space.candidates(outline):
             if candidate.times is not None and (best is None or candidate.rank < best.rank):

@@ -41,7 +41,7 @@ def least_bytes(space: Space) -> tuple[int, float] | None:
 
 
 def _with_pins(space: Space, pins: tuple[Constraint, ...]) -> Space:
-    return Space(space.program, space.build, Pins(pins), space.types, space.machine, space.graphs)
+    return space.pinned(Pins(pins))
 
 
 def _without(space: Space, pin: Constraint) -> Way | None:

@@ -236,6 +236,7 @@ CPU = Device(
 
 def cluster(nodes: int, per_node: int = 8, device: Device = H100) -> Cluster:
     return Cluster(
+        host_memory_bytes=2**41,
         name="pod",
         device=device,
         devices_per_node=per_node,

@@ -88,13 +88,15 @@ MIDDLING = llama(layers=4, width=1024, heads=8, kv_heads=4, ffn=2048, vocab=8192
 
 def test_what_does_not_fit_comes_with_its_ledger_and_ways_out():
     budget = 2 * GiB + 500 * 2**20
-    pins = (pin("zero", 0), pin("tensor", 1), pin("pipeline", 1))
+    pins = (pin("zero", 0), pin("tensor", 1), pin("pipeline", 1), pin("offload", "none"))
     spec = program(MIDDLING, cluster(1, 4), batch=4, memory=budget, plan=pins)
     found = run(spec)
     assert isinstance(found, Infeasible)
     assert found.missing_bytes == found.ledger.total - budget > 0
     # one pin less is enough, each in its way; then there is the budget itself
-    assert [way.key for way in found.ways_out] == ["zero", "tensor", "pipeline", "memory"]
+    assert [way.key for way in found.ways_out] == [
+        *("zero", "tensor", "pipeline", "offload", "memory")
+    ]
     assert "without `zero = 0` the fastest plan needs 2." in found.ways_out[0].text
     wider = dataclasses.replace(
         spec, budget=dataclasses.replace(spec.budget, memory_bytes=found.ledger.total)

@@ -1,3 +1,4 @@
+import dataclasses
 from itertools import combinations
 
 import pytest
@@ -6,6 +7,7 @@ from hypothesis import strategies as st
 
 from llmspec.compiler.build.model import build_model
 from llmspec.compiler.search import Found, search
+from llmspec.compiler.search.candidates import WORTH_OFFLOADING
 from llmspec.compiler.search.explain import families_of
 from llmspec.compiler.search.meshes import nearest_batches
 from llmspec.compiler.search.space import Space
@@ -47,12 +49,60 @@ def test_bounds_leave_out_nothing_that_matters(name):
     walk = Walk(of)
     walk.run()
     assert fitting[0].rank == fastest(of).rank
-    best = walk.shortlist.candidates()
-    assert [c.rank for c in best[:8]] == [c.rank for c in fitting[:8]]
+    best = [c for c in walk.shortlist.candidates() if not c.offload]
+    assert [c.rank for c in best[:8]] == [c.rank for c in fitting[: len(best)][:8]]
+    more = of.with_offload()
+    offloaded = [c for c in everything(more) if c.times is not None] if more else []
     for family, found in walk.tally.fastest.items():
-        of_family = [c for c in fitting if family in families_of(c)]
-        assert found.step_s == pytest.approx(min(c.step_s for c in of_family), rel=1e-3)
+        of_family = [c.weighed_s for c in fitting if family in families_of(c)]
+        with_them = [c.weighed_s for c in offloaded if family in families_of(c)]
+        assert found.weighed_s >= min(of_family + with_them) * (1 - 1e-3)
+        assert not of_family or found.weighed_s <= min(of_family) * (1 + 1e-3)
     assert (len(fitting) < len(every)) == (name == "little memory")
+
+
+OFFLOADING = {
+    "nothing else fits": (2 * GiB + 120 * MiB, ()),
+    "barely": (2 * GiB + 205 * MiB, ()),
+    "pinned": (2 * GiB + 200 * MiB, (pin("offload", "optimizer"),)),
+    "no recomputation": (2 * GiB + 230 * MiB, (pin("recompute", "none"),)),
+    "both": (2 * GiB + 110 * MiB, (pin("offload", ("activations", "optimizer")),)),
+    "roomy": (8 * GiB, ()),
+}
+
+
+@pytest.mark.parametrize("name", OFFLOADING)
+def test_offload_is_chosen_where_every_price_says_so(name):
+    """The best of all there is, host memory included, and the one that the search takes."""
+    memory, pins = OFFLOADING[name]
+    model = llama(layers=6, width=512, heads=8, kv_heads=4, ffn=1024, vocab=8192, context=512)
+    of = space(program(model, cluster(1, 2), batch=4, memory=memory, plan=pins))
+    more = of.with_offload()
+    assert (more is None) == bool(of.pins.about("offload"))
+    every = everything(of) + (everything(more) if more else [])
+    fitting = sorted((c for c in every if c.times is not None), key=lambda c: c.rank)
+    walk = Walk(of)
+    walk.run()
+    assert walk.shortlist.candidates()[0].rank == fitting[0].rank
+    chosen = fitting[0].offload
+    plain = [c.step_s for c in fitting if not c.offload]
+    if name == "roomy":
+        assert not chosen
+    if name == "nothing else fits":
+        assert chosen and not plain
+    if chosen and plain:
+        assert fitting[0].step_s * WORTH_OFFLOADING <= min(plain) * (1 + 1e-3)
+    for found in every:
+        assert found.host.total <= of.host_bytes
+        if found.offload:
+            bare = next(
+                c
+                for c in everything(dataclasses.replace(of, offloads=((),)))
+                if c.shape == found.shape
+                and (c.zero, c.shards, c.schedule) == (found.zero, found.shards, found.schedule)
+            )
+            assert found.peak_bytes < bare.peak_bytes, "what costs time saves memory"
+            break
 
 
 weights = st.lists(st.floats(0.1, 10), min_size=2, max_size=8)

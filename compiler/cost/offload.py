@@ -1,0 +1,256 @@
+"""What moves to host memory, what then stays on the device, and what the link to the host costs.
+
+Three things can live there: "optimizer" (its state and a copy of the weights, updated by the CPU),
+"parameters" (all that ZeRO 3 stores, gathered from there), "activations" (what autograd keeps of
+repeated blocks, from their forward to their backward).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+from llmspec.compiler.cost.data import GATHER, DataGroups, exposed_s, sent_s, units_of
+from llmspec.compiler.cost.hardware import Machine
+from llmspec.compiler.cost.memory import Ledger, Residence, ledger
+from llmspec.compiler.cost.stage import Parts, Run, Stage
+from llmspec.compiler.cost.types import Types
+from llmspec.compiler.cost.unit import UnitCost
+
+OPTIMIZER, ACTIVATIONS, PARAMETERS = "optimizer", "activations", "parameters"
+
+Offload = tuple[str, ...]
+"""What lives in host memory, sorted; () is nothing."""
+
+CHOICES: tuple[Offload, ...] = (
+    (),
+    (OPTIMIZER,),
+    (ACTIVATIONS,),
+    (ACTIVATIONS, OPTIMIZER),
+    (PARAMETERS,),
+    (ACTIVATIONS, PARAMETERS),
+)
+"""Parameters take the optimizer's state along."""
+
+BUCKETS, MAX_BUCKET_BYTES, AHEAD = 6, 64 * 2**20, 3
+"""How runtime/host_optimizer.py cuts gradients, and how many buckets of them are in host memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostLedger:
+    """Bytes of host memory of one rank."""
+
+    parameters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.activations
+
+    def parts(self) -> dict[str, int]:
+        return asdict(self)
+
+
+NO_HOST = HostLedger()
+
+
+# --------------------------------------------------------------------------------------------------
+# Bytes
+
+
+def away_bytes(run: Run) -> int:
+    """Of one use of a block, what leaves the device; units that stand alone keep theirs."""
+    if not run.block:
+        return 0
+    return run.cost.input_bytes if run.recompute else run.cost.away_bytes
+
+
+def ledgers(
+    stage: Stage, home: Residence, types: Types, machine: Machine, offload: Offload
+) -> tuple[Ledger, HostLedger]:
+    """Of device and host."""
+    whole = ledger(stage, home, types, machine)
+    if not offload:
+        return whole, NO_HOST
+    there = host_ledger(stage, home, types, offload)
+    return device_ledger(whole, stage, home, types, machine, offload), there
+
+
+def host_ledger(stage: Stage, home: Residence, types: Types, offload: Offload) -> HostLedger:
+    elements = home.parts.largest(stage.elements, stage.expert_elements)
+    weights, moments = types.weights * elements, types.moments * elements
+    kept = 0
+    if ACTIVATIONS in offload:
+        kept = home.in_flight * sum(
+            r.count * (r.cost.input_host_bytes if r.recompute else r.cost.away_host_bytes)
+            for r in stage.runs
+            if r.block
+        )
+    if PARAMETERS in offload:
+        gradients = types.gradients * elements
+        return HostLedger(
+            parameters=weights, gradients=gradients, optimizer=moments, activations=kept
+        )
+    if OPTIMIZER in offload:
+        bucket = min(types.gradients * elements // BUCKETS, MAX_BUCKET_BYTES)
+        return HostLedger(
+            parameters=weights, gradients=AHEAD * bucket, optimizer=moments, activations=kept
+        )
+    return HostLedger(activations=kept)
+
+
+def device_ledger(
+    whole: Ledger, stage: Stage, home: Residence, types: Types, machine: Machine, offload: Offload
+) -> Ledger:
+    """`whole`, less what lives in host memory."""
+    left = whole
+    if OPTIMIZER in offload or PARAMETERS in offload:
+        left = replace(left, optimizer=0)
+    if PARAMETERS in offload:
+        arriving = _passing_bytes(stage, home, types) if machine.pinned else 0
+        left = replace(left, parameters=0, gradients=0, buffers=left.buffers + arriving)
+    if ACTIVATIONS in offload:
+        activations, gradients = _activations(stage, home, types)
+        if home.zero == 0 and home.data == 1 and home.microbatches == 1:
+            left = replace(left, gradients=gradients)
+        left = replace(left, activations=activations)
+    return left
+
+
+def _passing_bytes(stage: Stage, home: Residence, types: Types) -> int:
+    """A unit's stored part on its way to be gathered, and a reduced one on its way out."""
+    largest, _ = stage.largest_units(home.gathers_experts)
+    return (types.weights + types.gradients) * -(-largest // home.shards)
+
+
+def _activations(stage: Stage, home: Residence, types: Types) -> tuple[int, int]:
+    """(activations, gradients) on the device where their sum is largest: what stays of every
+    micro-batch in flight, and of one of them the blocks that are leaving or have come back.
+
+    gradients: those made so far, which counts where there is one micro-batch alone.
+    """
+    cast = types.compute if types.mixed and home.zero == 0 else 0
+    of_experts = types.compute if types.mixed and not home.gathers_experts else 0
+    uses = list(_uses(stage, cast, of_experts))
+    boundary = stage.output_bytes if home.sends_on else 0
+    if home.receives and uses and uses[0].away:
+        boundary += uses[0].input_bytes  # the pipeline holds it for the gradient to send back
+    stays = sum(u.stays for u in uses) + boundary
+    alone = home.zero == 0 and home.data == 1 and home.microbatches == 1
+    worst = (-1, 0, 0)
+    below = 0
+    before = 0
+    for use in uses:  # forward: the block before leaves while this one computes
+        below += use.stays
+        worst = max(worst, (below + use.away + before, below + use.away + before, 0))
+        before = use.away or before
+    made = 0
+    for i in reversed(range(len(uses))):  # backward: the block before comes back meanwhile
+        use = uses[i]
+        coming = uses[i - 1].away if i else 0
+        now = below + (use.away + coming if use.away else before) + use.again
+        worst = max(worst, (now + made, now, made))
+        below -= use.stays
+        before = use.away and coming
+        made += use.gradients * types.gradients if alone else 0
+    worst = max(worst, (made, 0, made))
+    return (home.in_flight - 1) * stays + boundary + worst[1], worst[2]
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """One use of a unit: bytes that stay on the device, that leave it, that recomputing makes;
+    elements of its weights."""
+
+    stays: int
+    away: int
+    again: int
+    input_bytes: int
+    gradients: int
+
+
+def _uses(stage: Stage, cast: int, of_experts: int) -> Iterator[_Use]:
+    for run in stage.runs:
+        kept = _kept(run.cost, cast, of_experts)
+        held = run.cost.input_bytes if run.recompute else kept
+        again = kept if run.recompute else 0
+        away = away_bytes(run)
+        for _ in range(run.count):
+            yield _Use(held - away, away, again, run.cost.input_bytes, run.cost.elements)
+
+
+def _kept(cost: UnitCost, cast: int, of_experts: int) -> int:
+    shared = cost.cast_elements - cost.expert_cast_elements
+    return cost.saved_bytes + cast * shared + of_experts * cost.expert_cast_elements
+
+
+# --------------------------------------------------------------------------------------------------
+# Seconds
+
+
+def update_s(
+    elements: int, types: Types, machine: Machine, offload: Offload
+) -> tuple[float, float] | None:
+    """(seconds of the update on the CPU, seconds that the link adds to it); None when the device
+    does it. Of the three things that buckets go through, the slowest hides the others."""
+    if OPTIMIZER not in offload and PARAMETERS not in offload:
+        return None
+    moved = elements * (types.gradients + 2 * types.weights + 2 * types.moments + types.scratch)
+    update = moved / machine.host_update_bytes_per_s
+    if PARAMETERS in offload:
+        return update, 0.0
+    # the device reads gradients for their norm before they leave
+    measured = elements * types.gradients / machine.memory_bytes_per_s
+    out = types.gradients * elements / machine.host_link_bytes_per_s
+    back = types.weights * elements / machine.host_link_bytes_per_s
+    slowest, rest = max(out, update, back), out + update + back - max(out, update, back)
+    buckets = max(BUCKETS, types.gradients * elements / MAX_BUCKET_BYTES)
+    exposed = rest / buckets if machine.copies_overlap else rest
+    return measured + update, slowest + exposed - update
+
+
+def host_cost(
+    stage: Stage,
+    groups: DataGroups,
+    parts: Parts,
+    types: Types,
+    machine: Machine,
+    offload: Offload,
+) -> tuple[float, float]:
+    """Exposed seconds of the link to the host, in each micro-batch's forward and backward."""
+    forward = backward = 0.0
+    share = 1.0 if machine.copies_overlap else 0.0
+    if ACTIVATIONS in offload:
+        for run in stage.runs:
+            each = away_bytes(run) / machine.host_link_bytes_per_s
+            computing = run.cost.whole_forward_s
+            behind = run.cost.whole_backward_s + (computing if run.recompute else 0.0)
+            forward += run.count * exposed_s(each, computing, share)
+            backward += run.count * exposed_s(each, behind, share)
+    if PARAMETERS in offload:
+        more = _gathered_from_host(stage, groups, parts, types, machine, share)
+        forward, backward = forward + more[0], backward + more[1]
+    return forward, backward
+
+
+def _gathered_from_host(
+    stage: Stage, groups: DataGroups, parts: Parts, types: Types, machine: Machine, share: float
+) -> tuple[float, float]:
+    """A unit's part crosses before each gather, its reduced gradient after each backward; they
+    hide behind the computing that the collectives leave. The first and the last are in the open."""
+    forward = backward = 0.0
+    opening = closing = 0.0
+    for unit in units_of(stage):
+        held = parts.largest(unit.elements, unit.experts)
+        into = types.weights * held / machine.host_link_bytes_per_s
+        out = types.gradients * held / machine.host_link_bytes_per_s
+        gather = machine.overlap * sent_s(GATHER, types.compute, unit, groups)
+        free_f = max(0.0, unit.forward_s - gather)
+        free_b = max(0.0, unit.backward_s - 2 * gather)
+        forward += unit.count * exposed_s(into, free_f, share)
+        # one direction each: the link carries both at once
+        backward += unit.count * exposed_s(max(into, out), free_b, share)
+        opening, closing = max(opening, into), max(closing, out)
+    return forward + opening, backward + closing
