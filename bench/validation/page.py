@@ -44,7 +44,9 @@ class Compared:
     def memory_ratio(self) -> float | None:
         if self.priced.peak_bytes is None or self.row.peak_gib is None:
             return None
-        return self.priced.peak_bytes / GIB / (sum(self.row.peak_gib) / 2)
+        allocated = "max_memory_allocated" in (self.row.peak_kind or "")
+        beside = self.priced.memory_bytes["fixed"] if allocated else 0
+        return (self.priced.peak_bytes - beside) / GIB / (sum(self.row.peak_gib) / 2)
 
     @property
     def reason(self) -> str | None:

@@ -56,7 +56,8 @@ def price(row: Row) -> Priced:
 def adapted(program: Program, profile: Profile) -> Program:
     """The profile's constants in place of the device's, and memory without bound."""
     device = program.cluster.device
-    constants = {**device.constants, **profile.constants}
+    own = profile.by_gpu.get(device.name, {})
+    constants = {**device.constants, **profile.constants, **own}
     cluster = replace(program.cluster, device=replace(device, constants=constants))
     budget = replace(program.budget, memory_bytes=UNBOUNDED_BYTES)
     return replace(program, cluster=cluster, budget=budget)

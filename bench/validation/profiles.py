@@ -17,9 +17,10 @@ class Profile:
     """family: `gpt` (layer norms with biases, learned positions, GELU, tied head) or `llama`.
 
     bias: biases of linears and norms. dropout: of attention's output, the MLP's, the embedding's.
+    short_gradients: summed and reduced in the compute type, not in float32.
     explicit: attention with its square written out, as before FlashAttention.
-    packed: a micro-batch is one sequence of all its tokens.
-    constants: of the device (see `compiler/cost/hardware.py`), each with a reason in `why`.
+    constants: of every device (see `compiler/cost/hardware.py`), by_gpu: of one, each with a
+        reason in `why`.
     """
 
     name: str
@@ -27,12 +28,34 @@ class Profile:
     bias: bool = False
     dropout: float = 0.0
     explicit: bool = False
-    packed: bool = False
+    short_gradients: bool = False
     constants: Mapping[str, float] = field(default_factory=dict)
+    by_gpu: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     why: tuple[str, ...] = ()
 
 
+# Collectives and messages run in the open.
 NO_OVERLAP = {"overlap": 0.0}
+# Parameters are gathered in the open, gradients reduced behind the backward.
+GATHERS_IN_THE_OPEN = {"gather_overlap": 0.0}
+# A message between stages is cut over eight tensor ranks: an eighth of its time is left.
+SCATTERED = {"send_overlap": 0.875}
+# One kernel reads scores and writes weights of attention.
+SOFTMAX = {"fused_softmax": 1.0}
+# One kernel each for a norm, rotary positions, the loss.
+FUSED = {"fused_norm": 1.0, "fused_rotary": 1.0, "fused_loss": 1.0}
+# Products of weight gradients add to the buffer that is reduced.
+IN_PLACE = {"fused_gradients": 1.0}
+# AdamW written operator by operator: decay 8 bytes a parameter, first moment 20, second 20, root and
+# bias 24, update 16; and clipping 16.
+EAGER_ADAMW = {"optimizer_bytes": 104.0}
+# FlashAttention-2 is 1.3 to 2.5 times as fast as FlashAttention in Triton (Dao 2023, 4.1); the
+# middle of it, of FlashAttention-2's rate on each device.
+TRITON = {
+    "a100-40-sxm4": {"attention_efficiency": 0.39},
+    "a100-80-sxm4": {"attention_efficiency": 0.39},
+    "h100-80-sxm5": {"attention_efficiency": 0.22},
+}
 
 MEGATRON = Profile(
     name="Megatron 2020-2022",
@@ -40,11 +63,27 @@ MEGATRON = Profile(
     bias=True,
     dropout=0.1,
     explicit=True,
-    constants=NO_OVERLAP,
+    short_gradients=True,
+    constants=NO_OVERLAP | SOFTMAX | SCATTERED,
     why=(
         "attention's square is written out: FlashAttention came in 2022",
+        "gradients are summed and reduced in fp16, its default then",
+        "a message between stages is cut over the tensor ranks: an eighth of it in the open",
+        "one kernel masks and normalises scores; the loss is a chain of operators",
         "dropout 0.1 on hidden states: the papers' own formulas count its masks",
         "gradients are reduced after the last backward, in the open: overlap came in 2023",
+    ),
+)
+
+INTERNEVO = Profile(
+    name="InternEvo",
+    family="llama",
+    short_gradients=True,
+    constants=FUSED | GATHERS_IN_THE_OPEN,
+    why=(
+        "FlashAttention and Apex; packed runs are as fast as others, so attention stays in sequences",
+        "gradients are bf16 and reduced behind the backward; parameters are sent in the open "
+        "(`overlap_sync_param=False` in its configurations)",
     ),
 )
 
@@ -57,9 +96,11 @@ PROFILES = {
         family="gpt",
         bias=True,
         explicit=True,
-        constants=NO_OVERLAP,
+        short_gradients=True,
+        constants=NO_OVERLAP | SOFTMAX,
         why=(
             "attention's square is written out, as in Megatron of 2021",
+            "gradients are summed in fp16, or in float32 by its optimizer for bf16",
             "no dropout, as in the launch scripts of the run",
             "ZeRO 1 of DeepSpeed with a pipeline reduces after the last backward, in the open",
         ),
@@ -67,41 +108,47 @@ PROFILES = {
     "llm-foundry": Profile(
         name="Composer and FSDP",
         family="gpt",
+        short_gradients=True,
+        constants=EAGER_ADAMW,
+        by_gpu=TRITON,
         why=(
             "FlashAttention in Triton",
+            "norms, loss and optimizer are chains of PyTorch's operators",
+            "gradients are reduced in bf16, as its tables say",
             "MPT has no biases, neither in linears nor in norms",
             "FSDP gathers ahead and reduces behind: overlap as our own programs",
         ),
     ),
-    "InternEvo": Profile(
-        name="InternEvo",
-        family="llama",
-        why=("FlashAttention", "gathers and reductions of its optimizer are overlapped"),
-    ),
-    "InternEvo, packed": Profile(
-        name="InternEvo, packed",
-        family="llama",
-        packed=True,
-        why=("as InternEvo; a micro-batch is one sequence of all its tokens",),
-    ),
+    "InternEvo": INTERNEVO,
+    "InternEvo, packed": INTERNEVO,
     "SimuMax B200": Profile(
         name="Megatron 2025, overlap off",
         family="llama",
-        constants=NO_OVERLAP,
-        why=("attention of Transformer Engine", "all overlap is off: the source says so"),
+        constants=NO_OVERLAP | FUSED | IN_PLACE,
+        why=(
+            "attention and norms of Transformer Engine, a fused loss",
+            "gradients in float32, summed where they are reduced",
+            "all overlap is off: the source says so",
+        ),
     ),
     "llm.c": Profile(
         name="llm.c",
         family="gpt",
         bias=True,
-        why=("attention of cuDNN", "gradients are reduced layer by layer behind the backward"),
+        short_gradients=True,
+        constants=FUSED,
+        why=(
+            "attention of cuDNN, one kernel a norm and one for the loss, gradients in bf16",
+            "gradients are reduced layer by layer behind the backward",
+        ),
     ),
     "Alpa": Profile(
         name="Alpa",
         family="gpt",
         bias=True,
         explicit=True,
-        constants=NO_OVERLAP,
+        short_gradients=True,
+        constants=NO_OVERLAP | SOFTMAX,
         why=("attention's square is written out", "XLA of 2022 runs collectives in the open"),
     ),
 }

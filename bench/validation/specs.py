@@ -15,27 +15,21 @@ def spec_text(row: Row, profile: Profile) -> str:
     inside, nodes = row.nodes
     gbits = NETWORK_GBITS.get(row.interconnect)
     network = f"; network = {gbits} Gb/s per gpu" if gbits and nodes > 1 else ""
-    pack = _pack(row, profile)
-    return f"""{_model(row, profile, pack)}
+    return f"""{_model(row, profile)}
 cluster c {{ node = {inside} * gpu("{row.gpu}"); nodes = {nodes}{network} }}
 train t {{
     model = m; cluster = c; dataset = synthetic(); steps = 10
-    batch = {row.batch // pack} sequences
-    optimizer = adamw; precision = {_precision(row)}
+    batch = {row.batch} sequences
+    optimizer = adamw; precision = {_precision(row, profile)}
 }}
-plan {{ {"; ".join(pins(row, pack))} }}
+plan {{ {"; ".join(pins(row))} }}
 """
 
 
-def _pack(row: Row, profile: Profile) -> int:
-    return row.ranks("microbatch") if profile.packed else 1
-
-
-def _model(row: Row, profile: Profile, pack: int) -> str:
+def _model(row: Row, profile: Profile) -> str:
     if "experts" in row.model:
         raise Missing("multi-head latent attention and experts")
-    tokens = row.size("seq_len") * pack
-    sizes = f"vocab = {row.size('vocab')}; context = {tokens}; width = {row.size('hidden')}"
+    sizes = f"vocab = {row.size('vocab')}; context = {row.size('seq_len')}; width = {row.size('hidden')}"
     heads = f"heads={row.size('heads')}, kv_heads={row.size('kv_heads')}, causal"
     ffn = f"ffn={row.size('ffn')}"
     if profile.family == "llama":
@@ -63,20 +57,22 @@ def _model(row: Row, profile: Profile, pack: int) -> str:
 }}"""
 
 
-def _precision(row: Row) -> str:
-    words = row.plan.get("precision")
-    if words == "fp8":
+def _precision(row: Row, profile: Profile) -> str:
+    word = str(row.plan["precision"])
+    if word == "fp8":
         raise Missing("precision `fp8`")
-    return "bf16"
+    # of BigScience's runs those in bf16 summed gradients in float32
+    short = profile.short_gradients and "fp32 gradient" not in row.precision
+    return f"{word}(reduce={word})" if short else word
 
 
-def pins(row: Row, pack: int = 1) -> list[str]:
+def pins(row: Row) -> list[str]:
     """The published plan, and nothing left open but what the source does not say."""
     plan = row.plan
     # on one data rank there is nothing to shard
     zero = plan["zero"] if row.ranks("data") * row.ranks("context") > 1 else 0
     found = [f"{axis} = {row.ranks(axis)}" for axis in ("data", "tensor", "pipeline")]
-    found += [f"zero = {zero}", f"microbatch = {row.ranks('microbatch') // pack}"]
+    found += [f"zero = {zero}", f"microbatch = {row.ranks('microbatch')}"]
     if row.ranks("tensor") > 1:
         found.append(f"sequence = {'on' if plan.get('sequence') else 'off'}")
     if row.ranks("pipeline") > 1:
