@@ -46,8 +46,8 @@ SOFTMAX = {"fused_softmax": 1.0}
 FUSED = {"fused_norm": 1.0, "fused_rotary": 1.0, "fused_loss": 1.0}
 # Products of weight gradients add to the buffer that is reduced.
 IN_PLACE = {"fused_gradients": 1.0}
-# AdamW written operator by operator: decay 8 bytes a parameter, first moment 20, second 20, root and
-# bias 24, update 16; and clipping 16.
+# AdamW written operator by operator: decay 8 bytes a parameter, first moment 20, second 20, root
+# and bias 24, update 16; and clipping 16.
 EAGER_ADAMW = {"optimizer_bytes": 104.0}
 # FlashAttention-2 is 1.3 to 2.5 times as fast as FlashAttention in Triton (Dao 2023, 4.1); the
 # middle of it, of FlashAttention-2's rate on each device.
@@ -81,7 +81,7 @@ INTERNEVO = Profile(
     short_gradients=True,
     constants=FUSED | GATHERS_IN_THE_OPEN,
     why=(
-        "FlashAttention and Apex; packed runs are as fast as others, so attention stays in sequences",
+        "FlashAttention and Apex; packed runs are as fast as others: attention stays in sequences",
         "gradients are bf16 and reduced behind the backward; parameters are sent in the open "
         "(`overlap_sync_param=False` in its configurations)",
     ),

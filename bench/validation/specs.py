@@ -29,7 +29,8 @@ plan {{ {"; ".join(pins(row))} }}
 def _model(row: Row, profile: Profile) -> str:
     if "experts" in row.model:
         raise Missing("multi-head latent attention and experts")
-    sizes = f"vocab = {row.size('vocab')}; context = {row.size('seq_len')}; width = {row.size('hidden')}"
+    words = (("vocab", "vocab"), ("context", "seq_len"), ("width", "hidden"))
+    sizes = "; ".join(f"{key} = {row.size(name)}" for key, name in words)
     heads = f"heads={row.size('heads')}, kv_heads={row.size('kv_heads')}, causal"
     ffn = f"ffn={row.size('ffn')}"
     if profile.family == "llama":
