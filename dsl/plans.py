@@ -471,13 +471,15 @@ def words_of(value: Option) -> tuple[Option, ...]:
 
 
 def batch_divides(pins: Pins) -> None:
-    """`data` × `microbatch` must divide the batch; either alone must too."""
+    """`data` × `microbatch` must divide the batch, and each size of its ramp; either alone must
+    too."""
     if pins.train is None:
         return
-    batch = pins.train.batch_sequences
     sizes = {k: n for k in ("data", "microbatch") if (n := pins.number(k)) is not None}
     unit = prod(sizes.values())
-    if not sizes or batch % unit == 0:
+    batches = [*(size for _, size in pins.train.ramp_stages), pins.train.batch_sequences]
+    batch = next((size for size in batches if size % unit), None)
+    if not sizes or batch is None:
         return
     *earlier, last = pins.spans(sizes)
     length = pins.train.sequence_length
@@ -491,7 +493,9 @@ def batch_divides(pins: Pins) -> None:
         f"{factors(sizes)} does not divide a batch of {batch} sequences",
         last,
         secondary=secondary,
-        helps=("use " + listing(f"batch = {n} sequences" for n in near),),
+        helps=("use " + listing(f"batch = {n} sequences" for n in near),)
+        if len(batches) == 1
+        else (f"every size of the ramp must be a multiple of {unit} sequences",),
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import gcd
 
 Scalar = bool | int | float | str | None
 """A value that an operator's option can hold (tuples of scalars too)."""
@@ -277,13 +278,46 @@ class Every:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ramp:
+    """A batch that grows to its size: it doubles, or rises by `increment_sequences`.
+
+    over_tokens, over_steps: one of them; every size but the last takes an equal share.
+    """
+
+    start_sequences: int
+    increment_sequences: int | None
+    over_tokens: int | None
+    over_steps: int | None
+
+    def sizes(self, final: int, most: int | None = None) -> list[int]:
+        """Those below the final one; at most `most` of them."""
+        found = [self.start_sequences]
+        while most is None or len(found) <= most:
+            rise = found[-1] if self.increment_sequences is None else self.increment_sequences
+            if found[-1] + rise >= final:
+                break
+            found.append(found[-1] + rise)
+        return found
+
+    def stages(self, final: int, sequence_length: int) -> tuple[tuple[int, int], ...]:
+        """(steps, sequences of each) below the final size, in whole steps."""
+        sizes = self.sizes(final)
+        if self.over_steps is not None:
+            each, more = divmod(self.over_steps, len(sizes))
+            return tuple((each + (i < more), size) for i, size in enumerate(sizes))
+        assert self.over_tokens is not None, "a ramp has a length"
+        share = self.over_tokens / len(sizes)
+        return tuple((max(1, round(share / (size * sequence_length))), size) for size in sizes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Train:
     """One `train` block.
 
     dataset: Call `text` (arguments: glob patterns; options tokenizer), `tokens` (patterns) or
         `synthetic`.
     batch_sequences: per optimizer step over the whole cluster; batch_tokens = that ×
-        sequence_length.
+        sequence_length. ramp: how the run grows up to it.
     steps: optimizer steps (already worked out from `tokens =` or `chinchilla` when the model is
         known;
         None only for models whose parameter count needs tracing, then `tokens` holds the target).
@@ -305,6 +339,7 @@ class Train:
     checkpoint: Every | None
     log: Every
     seed: int
+    ramp: Ramp | None = None
     span: Span
     key_spans: Mapping[str, Span] = field(default_factory=dict)
     """Where each written key stands, for later diagnostics."""
@@ -312,6 +347,48 @@ class Train:
     @property
     def batch_tokens(self) -> int:
         return self.batch_sequences * self.sequence_length
+
+    @property
+    def ramp_stages(self) -> tuple[tuple[int, int], ...]:
+        """(steps, sequences of each) before the batch has its size."""
+        if self.ramp is None:
+            return ()
+        return self.ramp.stages(self.batch_sequences, self.sequence_length)
+
+    @property
+    def common_sequences(self) -> int:
+        """The largest number that divides every size of the batch."""
+        return gcd(self.batch_sequences, *(size for _, size in self.ramp_stages))
+
+    def stages(self, steps: int) -> list[tuple[int, int]]:
+        """(steps, sequences of each) of a run of so many."""
+        found = []
+        for count, size in (*self.ramp_stages, (steps, self.batch_sequences)):
+            if steps > 0:
+                found.append((min(count, steps), size))
+                steps -= count
+        return found
+
+    def tokens_of(self, steps: int) -> int:
+        """Tokens of a run of so many steps."""
+        return sum(n * size for n, size in self.stages(steps)) * self.sequence_length
+
+    def steps_for(self, tokens: int) -> int:
+        """Whole steps that see at least so many tokens."""
+        return steps_for(tokens, self.sequence_length, self.batch_sequences, self.ramp_stages)
+
+
+def steps_for(
+    tokens: int, sequence_length: int, final: int, ramp: tuple[tuple[int, int], ...]
+) -> int:
+    """Whole steps that see at least so many tokens. ramp: (steps, sequences) before `final`."""
+    done = 0
+    for count, size in ramp:
+        per_step = size * sequence_length
+        if tokens <= count * per_step:
+            return done + -(-tokens // per_step)
+        done, tokens = done + count, tokens - count * per_step
+    return done + -(-tokens // (final * sequence_length))
 
 
 class Prefer(StrEnum):

@@ -393,6 +393,20 @@ def every_text(every: Every | None) -> str:
     return f"every({', '.join(parts)})"
 
 
+def batch_text(train: Train) -> str:
+    final, ramp = f"{train.batch_sequences} sequences", train.ramp
+    if ramp is None:
+        return final
+    parts = [f"from={ramp.start_sequences} sequences", f"to={final}"]
+    if ramp.over_tokens is not None:
+        parts.append(f"over={ramp.over_tokens} tokens")
+    if ramp.over_steps is not None:
+        parts.append(f"steps={ramp.over_steps}")
+    if ramp.increment_sequences is not None:
+        parts.append(f"increment={ramp.increment_sequences} sequences")
+    return f"ramp({', '.join(parts)})"
+
+
 def train_text(train: Train, model: str, cluster: str) -> str:
     length = f"steps = {train.steps if train.steps is not None else 'chinchilla'}"
     if train.tokens is not None:
@@ -401,7 +415,7 @@ def train_text(train: Train, model: str, cluster: str) -> str:
         f"model = {model}",
         f"cluster = {cluster}",
         f"dataset = {call_text(train.dataset)}",
-        f"batch = {train.batch_sequences} sequences",
+        f"batch = {batch_text(train)}",
         f"sequence_length = {train.sequence_length}",
         length,
         f"optimizer = {call_text(train.optimizer)}",

@@ -9,14 +9,26 @@ from math import ceil
 from typing import TypeVar
 
 from llmspec.dsl import options, syntax
+from llmspec.dsl.batches import amount, read_batch
 from llmspec.dsl.choices import read_call, read_options
 from llmspec.dsl.diagnostics import Fault, fault, listing
 from llmspec.dsl.hardware import equal_only, settings_of
 from llmspec.dsl.parameters import count_parameters
 from llmspec.dsl.precisions import check_device, check_parts
-from llmspec.dsl.program import AnyModel, Call, Cluster, Every, Model, Option, Span, Train
-from llmspec.dsl.units import EXAMPLES, Dimension, Measure
-from llmspec.dsl.values import Word, evaluate, no_meaning, plain, show, whole
+from llmspec.dsl.program import (
+    AnyModel,
+    Call,
+    Cluster,
+    Every,
+    Model,
+    Option,
+    Ramp,
+    Span,
+    Train,
+    steps_for,
+)
+from llmspec.dsl.units import Dimension
+from llmspec.dsl.values import Word, evaluate, no_meaning, show, whole
 
 DEFAULT_BATCH_TOKENS = 2**19
 """Half a million tokens a step, as GPT-3's small models (Brown 2020, table 2.1)."""
@@ -64,7 +76,7 @@ class Reader:
             if sequence
             else self.attempt(self.batch_unit)
         )
-        steps = self.attempt(lambda: self.steps(sequence, batch)) if sequence and batch else None
+        steps = self.attempt(lambda: self.steps(sequence, *batch)) if sequence and batch else None
         optimizer = self.attempt(self.optimizer)
         phases = self.attempt(lambda: self.phases(optimizer, steps[0] if steps else None))
         precision = self.attempt(lambda: self.precision(optimizer))
@@ -84,7 +96,8 @@ class Reader:
             name=c.section.name or "train",
             dataset=dataset,
             sequence_length=sequence,
-            batch_sequences=batch,
+            batch_sequences=batch[0],
+            ramp=batch[1],
             steps=steps[0],
             tokens=steps[1],
             optimizer=optimizer,
@@ -136,35 +149,22 @@ class Reader:
             )
         return length
 
-    def batch_unit(self) -> int:
+    def batch_unit(self) -> tuple[int, Ramp | None]:
         node = self.nodes.get("batch")
         if node is not None:
-            batch_amount(node)
+            read_batch(node, None)
         raise Quiet
 
-    def batch(self, sequence: int) -> int:
+    def batch(self, sequence: int) -> tuple[int, Ramp | None]:
         node = self.nodes.get("batch")
         world = self.context.cluster.world_size if self.context.cluster else 1
         if node is None:
-            return ceil(max(1, DEFAULT_BATCH_TOKENS // sequence) / world) * world
-        count, dimension = batch_amount(node)
-        if dimension == Dimension.SEQUENCES:
-            return count
-        if count % sequence:
-            below = count // sequence * sequence
-            near = [n for n in (below, below + sequence) if n]
-            raise fault(
-                "E0506",
-                f"a batch of {count} tokens is not a whole number of sequences of {sequence}",
-                node.span,
-                f"{count} / {sequence} = {count / sequence:.2f}…",
-                helps=("use " + listing(f"batch = {n} tokens" for n in near),),
-            )
-        return count // sequence
+            return ceil(max(1, DEFAULT_BATCH_TOKENS // sequence) / world) * world, None
+        return read_batch(node, sequence)
 
     # How long
 
-    def steps(self, sequence: int, batch: int) -> tuple[int | None, int | None]:
+    def steps(self, sequence: int, batch: int, ramp: Ramp | None) -> tuple[int | None, int | None]:
         """(steps, tokens asked for)."""
         if "steps" in self.nodes and "tokens" in self.nodes:
             raise fault(
@@ -174,11 +174,25 @@ class Reader:
                 "the second one",
                 secondary=((self.nodes["steps"].span, "the first one"),),
             )
-        per_step = sequence * batch
+        stages = ramp.stages(batch, sequence) if ramp else ()
+        steps, tokens = self.asked_length()
+        if tokens is not None:
+            steps = steps_for(tokens, sequence, batch, stages)
+        rising = sum(count for count, _ in stages)
+        if steps is not None and rising >= steps:
+            raise fault(
+                "E0511",
+                f"the ramp takes {rising} steps, the run has {steps}",
+                self.nodes["batch"].span,
+                "the batch would never have its size",
+            )
+        return steps, tokens
+
+    def asked_length(self) -> tuple[int | None, int | None]:
+        """(steps, tokens): one of them, or neither."""
         if "tokens" in self.nodes:
             node = self.nodes["tokens"]
-            tokens = amount(evaluate(node), node.span, "`tokens`", (Dimension.TOKENS,))
-            return ceil(tokens / per_step), tokens
+            return None, amount(evaluate(node), node.span, "`tokens`", (Dimension.TOKENS,))
         node = self.nodes.get(
             "steps", syntax.Name(text="chinchilla", span=self.context.section.head)
         )
@@ -195,8 +209,7 @@ class Reader:
         model = self.context.model
         if not isinstance(model, Model):
             return None, None
-        tokens = TOKENS_PER_PARAMETER * count_parameters(model, active=True)
-        return ceil(tokens / per_step), tokens
+        return None, TOKENS_PER_PARAMETER * count_parameters(model, active=True)
 
     # Choices
 
@@ -280,37 +293,6 @@ class Reader:
     def seed(self) -> int:
         node = self.nodes.get("seed")
         return 1 if node is None else whole(evaluate(node), node.span, "`seed`", least=0)
-
-
-def amount(value: object, span: Span, what: str, dimensions: tuple[Dimension, ...]) -> int:
-    """A whole number, plain or in one of the dimensions."""
-    if isinstance(value, Measure):
-        if value.dimension not in dimensions or value.per is not None:
-            examples = " or ".join(f"`{EXAMPLES[d]}`" for d in dimensions)
-            raise fault(
-                "E0302",
-                f"{what} has the wrong unit",
-                span,
-                f"this is {show(value)}",
-                helps=(f"it is written like {examples}",),
-            )
-        value = value.value
-    return whole(value, span, what, least=1)  # type: ignore[arg-type]
-
-
-def batch_amount(node: syntax.Node) -> tuple[int, Dimension]:
-    value = evaluate(node)
-    dimensions = (Dimension.TOKENS, Dimension.SEQUENCES)
-    if plain(value):
-        raise fault(
-            "E0302",
-            "`batch` does not say of what",
-            node.span,
-            helps=(f"write `{show(value)} sequences`, or `4Mi tokens`",),
-        )
-    count = amount(value, node.span, "`batch`", dimensions)
-    assert isinstance(value, Measure), "amount took it"
-    return count, value.dimension
 
 
 def plain_default(row: options.OptionRow) -> Option:
