@@ -64,6 +64,7 @@ class Plan:
     context_style: how attention looks over context ranks; None where there is one.
     offload: what lives in host memory, sorted.
     recompute: unit name -> "none" or "full". actions: per pipeline rank, empty without a pipeline.
+    ramp_actions: the same for the batch's smaller sizes, by their number of micro-batches.
     predicted: the ledger, as docs/json.md has it.
     """
 
@@ -84,6 +85,7 @@ class Plan:
     kernels: str = "eager"
     placements: dict[str, UnitPlacement] = field(default_factory=dict)
     actions: tuple[tuple[str, ...], ...] = ()
+    ramp_actions: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     predicted: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
@@ -118,6 +120,9 @@ def from_json(text: str) -> Plan:
         data["stages"] = tuple((int(a), int(b)) for a, b in data["stages"])
         data["offload"] = tuple(data["offload"])
         data["actions"] = tuple(tuple(row) for row in data["actions"])
+        data["ramp_actions"] = {
+            count: tuple(tuple(row) for row in rows) for count, rows in data["ramp_actions"].items()
+        }
         return Plan(**data)
     except KeyError as error:
         raise ValueError(f"it has no {error}") from None

@@ -132,6 +132,7 @@ def _headline(plan: Plan) -> list[str]:
     lines.append(
         f"  speed   {speed:,.0f} tokens/s predicted   {100 * predicted['mfu']:.1f} % of peak"
     )
+    lines += batch_lines(predicted)
     run = predicted["run"]
     if run["days"] is not None:
         cost = "" if run["cost"] is None else f"   cost {run['cost']:,.0f}"
@@ -139,6 +140,20 @@ def _headline(plan: Plan) -> list[str]:
             f"  run     {run['steps']:,} steps, {duration(run['days'] * 86400)} predicted{cost}"
         )
     return lines
+
+
+def batch_lines(predicted: Face) -> list[str]:
+    """Tokens of a step, on the way up to it, and beside the critical batch."""
+    batch, ramp = predicted["batch"], predicted["run"]["ramp"]
+    line = f"  batch   {batch['tokens_per_step']:,} tokens a step"
+    if ramp:
+        line += f"   after {sum(s['steps'] for s in ramp):,} steps that grow from "
+        line += f"{ramp[0]['sequences']:,} sequences to it in {len(ramp) + 1} sizes"
+    if batch["critical_tokens"] is not None:
+        source = "given" if batch["loss_from"] == "given" else "Hoffmann 2022"
+        line += f"   {batch['share_of_critical']:.2g} of the critical batch, an estimate"
+        line += f" (Kaplan 2020) at a loss of {batch['loss']:.2f} ({source})"
+    return [line]
 
 
 def ledger_words(parts: dict[str, int], unit: int) -> str:

@@ -111,7 +111,7 @@ def check_sizes(ramp: Ramp, final: int, span: Span) -> None:
             "E0511",
             f"{ramp.over_steps} steps are too few for the {len(sizes)} sizes of the ramp",
             span,
-            listing(str(size) for size in sizes).replace(" or ", " and ") + " sequences",
+            ", ".join(map(str, sizes)) + f" sequences, then {final}",
             helps=(f"at least `steps = {len(sizes)}`",),
         )
 

@@ -392,6 +392,7 @@ EVENTS = {
 TRAIN_KEYS = (
     *("model", "cluster", "dataset", "batch", "sequence_length", "steps", "tokens", "optimizer"),
     *("learning_rate", "precision", "objective", "validate", "checkpoint", "log", "seed", "plan"),
+    "loss",
 )
 TRAIN_KEYS_LATER = ("adapt", "base")
 PREFERENCES_NOW = ("throughput",)

@@ -318,6 +318,7 @@ class Train:
         `synthetic`.
     batch_sequences: per optimizer step over the whole cluster; batch_tokens = that ×
         sequence_length. ramp: how the run grows up to it.
+    loss: that is expected of the run, in nats a token; a help in judging the batch, no more.
     steps: optimizer steps (already worked out from `tokens =` or `chinchilla` when the model is
         known;
         None only for models whose parameter count needs tracing, then `tokens` holds the target).
@@ -340,6 +341,7 @@ class Train:
     log: Every
     seed: int
     ramp: Ramp | None = None
+    loss: float | None = None
     span: Span
     key_spans: Mapping[str, Span] = field(default_factory=dict)
     """Where each written key stands, for later diagnostics."""

@@ -426,6 +426,7 @@ def train_text(train: Train, model: str, cluster: str) -> str:
         f"checkpoint = {every_text(train.checkpoint)}",
         f"log = {every_text(train.log)}",
         f"seed = {train.seed}",
+        *([] if train.loss is None else [f"loss = {value_text(train.loss)}"]),
     ]
     return f"train {train.name} {{\n" + "\n".join(lines) + "\n}"
 

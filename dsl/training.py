@@ -28,7 +28,7 @@ from llmspec.dsl.program import (
     steps_for,
 )
 from llmspec.dsl.units import Dimension
-from llmspec.dsl.values import Word, evaluate, no_meaning, show, whole
+from llmspec.dsl.values import Word, evaluate, no_meaning, real, show, whole
 
 DEFAULT_BATCH_TOKENS = 2**19
 """Half a million tokens a step, as GPT-3's small models (Brown 2020, table 2.1)."""
@@ -85,6 +85,7 @@ class Reader:
         checkpoint = self.attempt(lambda: self.event("checkpoint", DEFAULT_CHECKPOINT))
         log = self.attempt(lambda: self.event("log", DEFAULT_LOG))
         seed = self.attempt(self.seed)
+        loss = self.attempt(self.loss)
         if (
             self.faults
             or self.incomplete
@@ -108,6 +109,7 @@ class Reader:
             checkpoint=checkpoint,
             log=log,
             seed=seed,
+            loss=loss,
             span=c.section.head,
             key_spans=c.spans(),
         )
@@ -289,6 +291,12 @@ class Reader:
         steps = whole(evaluate(first.value), first.span, "`every`", least=1)
         given = read_options(rows, node.arguments[1:], "every", node.span)
         return Every(steps=steps, options=tuple((r.name, event_option(r, given)) for r in rows))
+
+    def loss(self) -> float | None:
+        node = self.nodes.get("loss")
+        if node is None:
+            return None
+        return real(options.Kind.POSITIVE, evaluate(node), node.span, "`loss`")
 
     def seed(self) -> int:
         node = self.nodes.get("seed")

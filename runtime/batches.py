@@ -56,7 +56,11 @@ class Dataset:
 
     def batch(self, step: int, global_batch: int, mesh: Mesh) -> "Batch":
         """global_batch: sequences of one optimizer step, over the whole mesh."""
-        return Batch(dataset=self, first=step * global_batch, rows=global_batch, mesh=mesh)
+        return self.take(step * global_batch, global_batch, mesh)
+
+    def take(self, first: int, rows: int, mesh: Mesh) -> "Batch":
+        """`rows` sequences from the run's sample number `first` on."""
+        return Batch(dataset=self, first=first, rows=rows, mesh=mesh)
 
     def read(self, counters: Tensor) -> Tensor:
         """[n, T + 1] ids: each epoch is another seeded permutation of all samples."""
@@ -66,6 +70,34 @@ class Dataset:
             here = epochs == epoch
             numbers[here] = permute(positions[here], self.samples, self.seed, epoch)
         return self.source.read(numbers)
+
+
+@dataclass(frozen=True, slots=True)
+class Ramp:
+    """A batch that grows up to `batch` sequences. stages: (steps, sequences of each) before.
+
+    The run's samples come in the same order as without it, cut into other steps.
+    """
+
+    batch: int
+    stages: tuple[tuple[int, int], ...]
+
+    def rows(self, step: int) -> int:
+        """Sequences of a step (from 0)."""
+        for steps, rows in self.stages:
+            if step < steps:
+                return rows
+            step -= steps
+        return self.batch
+
+    def first(self, step: int) -> int:
+        """How many sequences the steps before it had: the number of its first sample."""
+        seen = 0
+        for steps, rows in self.stages:
+            if step < steps:
+                return seen + step * rows
+            seen, step = seen + steps * rows, step - steps
+        return seen + step * self.batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +113,10 @@ class Batch:
     def target_tokens(self) -> int:
         """Over the whole mesh: what the sum of token losses is divided by."""
         return self.rows * self.dataset.sequence_length
+
+    def count(self, sequences: int) -> int:
+        """Micro-batches of so many sequences on one data rank."""
+        return self.rows // (sequences * self.mesh.data.size)
 
     def microbatches(self, count: int) -> Iterator[MicroBatch]:
         """Row j of micro-batch i on data rank r is row (i * data + r) * B + j of the batch; a

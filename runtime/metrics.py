@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .batches import Ramp
 from .errors import UserError
 from .mesh import Mesh
 
@@ -27,9 +28,9 @@ WINDOW = 20  # steps over which speed is averaged
 class Metrics:
     """path: of the JSON lines; a resumed run keeps those up to `first` and goes on behind them.
 
-    steps: of the whole run. first: how many were done before. every, every_s: steps and seconds
-    between progress lines. flops_per_token, peak_flops: of the model, and of one device per second,
-    for MFU.
+    steps: of the whole run. first: how many were done before. tokens_per_step: with a `ramp`, of
+    the steps that come after it. every, every_s: steps and seconds between progress lines.
+    flops_per_token, peak_flops: of the model, and of one device per second, for MFU.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Metrics:
         *,
         steps: int,
         tokens_per_step: int,
+        ramp: Ramp | None = None,
         first: int = 0,
         flops_per_token: float | None = None,
         peak_flops: float | None = None,
@@ -47,12 +49,12 @@ class Metrics:
     ):
         self.mesh, self.steps, self.first = mesh, steps, first
         self.every, self.every_s = every, every_s
-        self.tokens_per_step = tokens_per_step
+        self.tokens_per_step, self.ramp = tokens_per_step, ramp
         self.utilisation = None
         if flops_per_token and peak_flops:
             self.utilisation = flops_per_token / (peak_flops * mesh.world.size)
         self.speaks = mesh.world.rank == 0
-        self.durations_s: deque[float] = deque(maxlen=WINDOW)
+        self.recent: deque[tuple[float, int]] = deque(maxlen=WINDOW)  # (seconds, tokens)
         self.pending: _Pending | None = None
         self.stop = False
         self.said_s = -math.inf
@@ -134,7 +136,8 @@ class Metrics:
             )
         self.stop = self.stop or stop > 0
         if pending.step > self.first + 1 or self.first + 1 == self.steps:
-            self.durations_s.append(pending.seconds)  # the first step warms up
+            # the first step warms up
+            self.recent.append((pending.seconds, self._tokens_of(pending.step)))
         if self.log is None:
             return
         self.log.write(
@@ -144,7 +147,7 @@ class Metrics:
                 # JSON has no infinity: the norm of a step whose gradients overflowed is null
                 "gradient_norm": norm if math.isfinite(norm) else None,
                 "learning_rate": pending.lr,
-                "tokens": pending.step * self.tokens_per_step,
+                "tokens": self._tokens(pending.step),
                 "seconds": pending.seconds,
                 **figures,
             }
@@ -159,8 +162,8 @@ class Metrics:
     def _line(
         self, pending: "_Pending", loss: float, norm: float, figures: Mapping[str, float]
     ) -> str:
-        mean_s = sum(self.durations_s) / len(self.durations_s) if self.durations_s else math.nan
-        tokens_per_s = self.tokens_per_step / (mean_s if self.durations_s else pending.seconds)
+        recent = self.recent or [(pending.seconds, self._tokens_of(pending.step))]
+        tokens_per_s = sum(tokens for _, tokens in recent) / sum(seconds for seconds, _ in recent)
         parts = [
             f"step {pending.step:>{self._width()}}/{self.steps}",
             f"loss {loss:.4f}",
@@ -172,9 +175,20 @@ class Metrics:
         if self.utilisation is not None:
             parts.append(f"mfu {100 * tokens_per_s * self.utilisation:.1f} %")
         parts.append(f"memory {peak_memory_bytes(self.mesh.device) / 2**30:.2f} GiB")
-        if self.durations_s and pending.step < self.steps:
-            parts.append(f"{_duration((self.steps - pending.step) * mean_s)} left")
+        if self.recent and pending.step < self.steps:
+            left = self._tokens(self.steps) - self._tokens(pending.step)
+            parts.append(f"{_duration(left / tokens_per_s)} left")
         return "  ".join(parts)
+
+    def _tokens(self, steps: int) -> int:
+        """That the first so many steps see."""
+        if self.ramp is None:
+            return steps * self.tokens_per_step
+        return self.ramp.first(steps) * (self.tokens_per_step // self.ramp.batch)
+
+    def _tokens_of(self, step: int) -> int:
+        """step: counted from 1."""
+        return self._tokens(step) - self._tokens(step - 1)
 
     def _width(self) -> int:
         return len(str(self.steps))

@@ -37,6 +37,7 @@ class TrainPrinter:
         self.train = self.program.train
         self.precision = precision_of(self.train)
         self.staged = len(self.plan.stages) > 1
+        self.ramp = self.train.ramp_stages
         calls = {n.target for unit in self.lowered.whole.units.values() for n in unit.calls()}
         self.experts = routing.expert_counts in calls
         self.inner_losses = bool(calls & {routing.balance_loss, routing.z_loss})
@@ -50,6 +51,10 @@ class TrainPrinter:
         t, plan, p = self.train, self.plan, self.precision
         self.text.line(f"STEPS = {t.steps}")
         self.text.line(f"BATCH = {t.batch_sequences}  # sequences per step, over all processes")
+        if self.ramp:
+            self.text.line("# the batch grows up to that: so many steps of so many sequences first")
+            self.text.line(f"RAMP = {self.ramp!r}")
+            self.text.line(f"MICROBATCH = {plan.microbatch}  # sequences of one, on one data rank")
         self.text.line(f"MICROBATCHES = {plan.microbatches}  # of {plan.microbatch} sequences each")
         self.text.line(f"SEQUENCE = {t.sequence_length}")
         self.text.line(f"VOCABULARY = {self.lowered.whole.vocab}")
@@ -71,18 +76,31 @@ class TrainPrinter:
     def actions(self) -> None:
         self.text.blank()
         self.text.line("# what each pipeline rank does in a step: stage, action, micro-batch")
-        self.text.line("ACTIONS = {")
-        for rank, words in enumerate(self.plan.actions):
-            self.text.line(f"    {rank}: (")
-            line = "       "
-            for word in words:
-                if len(line) + len(word) > 92:
-                    self.text.line(f'        "{line.strip()} "')
-                    line = ""
-                line += f" {word}"
-            self.text.line(f'        "{line.strip()}"')
-            self.text.line("    ).split(),")
+        if not self.ramp:
+            with self.text.block("ACTIONS = {"):
+                self.action_lists(self.plan.actions)
+            self.text.line("}")
+            return
+        self.text.line("# by the number of micro-batches, which grows with the batch")
+        with self.text.block("ACTIONS = {"):
+            whole = {str(self.plan.microbatches): self.plan.actions}
+            for count, lists in (self.plan.ramp_actions | whole).items():
+                with self.text.block(f"{count}: {{"):
+                    self.action_lists(lists)
+                self.text.line("},")
         self.text.line("}")
+
+    def action_lists(self, lists: tuple[tuple[str, ...], ...]) -> None:
+        for rank, words in enumerate(lists):
+            with self.text.block(f"{rank}: ("):
+                line = ""
+                for word in words:
+                    if len(line) + len(word) > 84:
+                        self.text.line(f'"{line.strip()} "')
+                        line = ""
+                    line += f" {word}"
+                self.text.line(f'"{line.strip()}"')
+            self.text.line(").split(),")
 
     def wrapper(self, model: str) -> str:
         """How gradients of `model` are summed over data ranks."""
@@ -179,7 +197,8 @@ class TrainPrinter:
             t.line(self.step_docstring())
             self.inner_scale()
             t.line("loss = torch.zeros((), device=self.mesh.device)")
-            with t.block("for micro in batch.microbatches(MICROBATCHES):"):
+            count = "batch.count(MICROBATCH)" if self.ramp else "MICROBATCHES"
+            with t.block(f"for micro in batch.microbatches({count}):"):
                 t.line("self.gradients.before_microbatch(micro)")
                 t.line("part = self.model(micro.tokens_BT, micro.targets_BT, micro.samples_B)")
                 t.line("part = part / batch.target_tokens")
@@ -238,17 +257,24 @@ class TrainPrinter:
             self.imports.add("from runtime.pipeline import TiedWeights")
         more = f", tied={tied}" if tied else ""
         more += ", loss_scale=self.scale" if self.precision.loss_scale else ""
-        t.line(
-            "self.executor = Executor(stages=models, gradients=gradients, actions=ACTIONS, "
-            f"mesh=mesh, microbatches=MICROBATCHES, boundary=({shape}, {kind}){more})"
+        actions, count = ("actions", "count") if self.ramp else ("ACTIONS", "MICROBATCHES")
+        made = (
+            f"Executor(stages=models, gradients=gradients, actions={actions}, "
+            f"mesh=mesh, microbatches={count}, boundary=({shape}, {kind}){more})"
         )
+        if self.ramp:
+            loop = "for count, actions in ACTIONS.items()"
+            t.line(f"self.executors = {{count: {made} {loop}}}")
+            made = "self.executors[MICROBATCHES]"
+        t.line(f"self.executor = {made}")
 
     def staged_step(self) -> None:
         t = self.text
         with t.block("def step(self, batch: Batch) -> Tensor:"):
             t.line(self.step_docstring())
             self.inner_scale()
-            t.line("return self.executor.step(batch)")
+            executor = "executors[batch.count(MICROBATCH)]" if self.ramp else "executor"
+            t.line(f"return self.{executor}.step(batch)")
         t.blank()
         with t.block("def evaluate(self, batch: Batch) -> Tensor:"):
             t.line('"""This process\'s part of the batch\'s mean loss, no gradients."""')
@@ -299,6 +325,8 @@ class TrainPrinter:
             peak = literal(train.optimizer.option("lr"))  # type: ignore[arg-type]
             t.line(f"rate = learning_rate.schedule({', '.join([peak, 'STEPS', *phases])})")
             t.line(f"data = {self.dataset(train.dataset)}")
+            if self.ramp:
+                t.line("ramp = batches.Ramp(BATCH, RAMP)")
             if train.validate:
                 held_out = train.validate.option("dataset")
                 t.line(f"held_out = {self.dataset(held_out)}")  # type: ignore[arg-type]
@@ -341,9 +369,10 @@ class TrainPrinter:
         if self.precision.loss_scale:
             t.line("trainer.scale.restore(resumed)")
         peak = ", peak_flops=PEAK_FLOPS" if self.peak() else ""
+        ramp = "ramp=ramp, " if self.ramp else ""
         t.line(
             'metrics = Metrics(str(FOLDER / "log.jsonl"), mesh, steps=STEPS, first=first, '
-            f"every={train.log.steps}, tokens_per_step=BATCH * SEQUENCE, "
+            f"every={train.log.steps}, tokens_per_step=BATCH * SEQUENCE, {ramp}"
             f"flops_per_token=FLOPS_PER_TOKEN{peak})"
         )
         with t.block("if first:"):
@@ -360,7 +389,10 @@ class TrainPrinter:
     def one_step(self, clip: str) -> None:
         t, train = self.text, self.train
         t.line("optimizers.set_learning_rate(optimizer, rate(step))")
-        t.line("loss = trainer.step(data.batch(step, BATCH, mesh))")
+        batch = "data.batch(step, BATCH, mesh)"
+        if self.ramp:
+            batch = "data.take(ramp.first(step), ramp.rows(step), mesh)"
+        t.line(f"loss = trainer.step({batch})")
         t.line(f"norm = trainer.clip({clip})")
         figures = []
         if self.precision.loss_scale:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from llmspec.compiler.cost.stage import Stage
 from llmspec.compiler.placement import Collective
 from llmspec.compiler.search.candidates import Candidate
+from llmspec.compiler.search.critical_batch import batch_object
 from llmspec.compiler.search.space import Space
 
 DIGITS = 9
@@ -103,25 +105,52 @@ def predicted_object(space: Space, found: Candidate) -> Number:
         "time_s": {name: rounded(value) for name, value in times.parts().items()},
         "bubble_fraction": rounded(waiting / step),
         "collectives": collectives(space, found, stages),
-        "run": run_object(space, step, world),
+        "run": run_object(space, found),
+        "batch": batch_of(space),
     }
 
 
-def run_object(space: Space, step_s: float, world: int) -> Number:
-    program = space.program
+def batch_of(space: Space) -> Number:
+    train, graph = space.program.train, space.graph(1)
+    tokens = train.tokens if train.steps is None else train.tokens_of(train.steps)
+    parameters = model_object(space)["parameters"]
+    return batch_object(train.batch_tokens, train.loss, parameters, tokens, graph.vocab)
+
+
+def run_object(space: Space, found: Candidate) -> Number:
+    """The whole run. ramp: its steps before the batch has its size."""
+    program, world = space.program, found.mesh.world_size
     train, price = program.train, program.cluster.device.price_per_hour
     steps = train.steps
     if steps is None and train.tokens is not None:
-        steps = -(-train.tokens // train.batch_tokens)
+        steps = train.steps_for(train.tokens)
+    ramp = [ramp_stage(space, found, count, size) for count, size in train.ramp_stages]
     if steps is None:
-        return {"steps": None, "tokens": None, "days": None, "gpu_hours": None, "cost": None}
-    hours = steps * step_s / 3600
+        nothing = dict.fromkeys(("steps", "tokens", "days", "gpu_hours", "cost"))
+        return {**nothing, "ramp": ramp}
+    rising = sum(stage["steps"] for stage in ramp)
+    hours = sum(stage["steps"] * stage["step_time_s"] for stage in ramp) / 3600
+    hours += (steps - rising) * found.step_s / 3600
     return {
         "steps": steps,
-        "tokens": steps * train.batch_tokens,
+        "tokens": train.tokens_of(steps),
+        "ramp": ramp,
         "days": rounded(hours / 24),
         "gpu_hours": rounded(hours * world),
         "cost": None if price is None else rounded(hours * world * price),
+    }
+
+
+def ramp_stage(space: Space, found: Candidate, steps: int, sequences: int) -> Number:
+    """The same plan with fewer micro-batches."""
+    shape = found.shape
+    count = sequences // found.mesh.data // shape.microbatch
+    small = space.played(replace(found, shape=replace(shape, microbatches=count)))
+    return {
+        "steps": steps,
+        "sequences": sequences,
+        "microbatches": count,
+        "step_time_s": rounded(small.step_s),
     }
 
 

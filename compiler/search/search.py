@@ -140,9 +140,12 @@ def placed(space: Space, winner: Candidate) -> list[str]:
 
 def plan_of(space: Space, winner: Candidate, considered: int, fit: int) -> Plan:
     program, shape, mesh = space.program, winner.shape, winner.mesh
-    lists: dict[int, tuple[str, ...]] = {}
+    lists: dict[int, tuple[tuple[str, ...], ...]] = {}
     if mesh.pipeline > 1:
-        lists = space.action_lists(winner.schedule, mesh.pipeline, shape.microbatches, winner.zero)
+        smaller = [size // mesh.data // shape.microbatch for _, size in program.train.ramp_stages]
+        for count in (*smaller, shape.microbatches):
+            made = space.action_lists(winner.schedule, mesh.pipeline, count, winner.zero)
+            lists[count] = tuple(made[rank] for rank in sorted(made))
     return Plan(
         # not the way to it: emitted bytes must not depend on where the compiler is called
         spec=os.path.basename(program.path),
@@ -160,7 +163,8 @@ def plan_of(space: Space, winner: Candidate, considered: int, fit: int) -> Plan:
         stages=shape.cut,
         recompute=dict(shape.recompute),
         placements=shape.option.placements,
-        actions=tuple(lists[rank] for rank in sorted(lists)),
+        actions=lists.pop(shape.microbatches, ()),
+        ramp_actions={str(count): rows for count, rows in lists.items()},
         predicted={
             "model": model_object(space),
             "plan": plan_object(space, winner),
@@ -188,7 +192,7 @@ def check_meshes(space: Space) -> None:
     if not grids:
         world = program.cluster.world_size
         raise _no_mesh(program, f"no mesh of {world} devices satisfies the `plan` block")
-    batch = program.train.batch_sequences
+    batch = program.train.common_sequences
     if all(batch % grid.data for grid in grids):
         near = nearest_batches(batch, sorted({g.data for g in grids}))
         tokens = program.train.sequence_length

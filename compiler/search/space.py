@@ -209,13 +209,14 @@ class Space:
         return found
 
     def microbatches(self, grid: Grid) -> Iterator[tuple[int, int]]:
-        """(sequences of a micro-batch, how many) that make up the batch exactly."""
-        batch = self.program.train.batch_sequences
-        if batch % grid.data:
+        """(sequences of a micro-batch, how many) that make up the batch, and each size of its ramp,
+        exactly."""
+        batch, common = self.program.train.batch_sequences, self.program.train.common_sequences
+        if common % grid.data:
             return
         rank = batch // grid.data
         free = not any(self.pins.about(key) for key in ("context", "data", "microbatch"))
-        for size in self.pins.allowed("microbatch", divisors(rank)):
+        for size in self.pins.allowed("microbatch", divisors(common // grid.data)):
             # ranks that share a sequence while each could have its own send for nothing
             if not (free and gcd(size, grid.context) > 1):
                 yield size, rank // size

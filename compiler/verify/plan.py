@@ -26,7 +26,11 @@ def verify_plan(session: Session, plan: Plan, *, largest: int = 2) -> tuple[Repo
     with tempfile.TemporaryDirectory() as folder:
         compile_plan(little, small, Path(folder))
         graph = little.graph(small.microbatch)
-        report = verify_folder(folder, graph, small, seed=program.train.seed)
+        reports = [
+            verify_folder(folder, graph, small, seed=program.train.seed, rows=rows)
+            for rows in (*(size for _, size in program.train.ramp_stages), None)
+        ]
+        report = Report(differences=tuple(d for r in reports for d in r.differences))
     if little.module is not None:
         report = Report(differences=(*report.differences, *raised_differences(little, graph)))
     return report, small

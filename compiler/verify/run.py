@@ -99,14 +99,22 @@ def verify_folder(
     seed: int,
     dtype: torch.dtype = torch.float64,
     tolerance: Tolerance = FLOAT64,
+    rows: int | None = None,
 ) -> Report:
     """Compare one step of the program in `folder` with the reference of `graph`.
 
+    rows: sequences of the step, one of the sizes that the batch has while it grows; None: the last.
     Errors: ProcessFailed when a rank raises.
     """
     world = plan.mesh.world_size
     task = Task(
-        folder=folder, world=world, mesh=mesh_sizes(plan), dtype=dtype, clip=CLIP, seed=seed
+        folder=folder,
+        world=world,
+        mesh=mesh_sizes(plan),
+        dtype=dtype,
+        clip=CLIP,
+        seed=seed,
+        rows=rows,
     )
     ranks = launch(task)
     return compare(ranks, reference_results(graph, ranks, folder, seed), tolerance)

@@ -25,6 +25,7 @@ from llmspec.dsl.program import (
     Operator,
     Option,
     Program,
+    Ramp,
     Repeat,
 )
 
@@ -66,10 +67,23 @@ def shrink(program: Program, plan: Plan, largest: int = 2) -> tuple[Program, Pla
         microbatches=microbatches,
         stages=small_stages(plan.stages, stages, blocks),
         actions=(),
+        ramp_actions={},
         predicted={},
     )
+    if program.train.ramp is not None:
+        # half the micro-batches, and a quarter where there are four
+        unit = mesh.data * microbatch
+        ramp = Ramp(
+            start_sequences=unit,
+            increment_sequences=None,
+            over_tokens=None,
+            over_steps=microbatches,
+        )
+        train = replace(train, ramp=ramp)
     if stages > 1:
-        small = replace(small, actions=schedule_actions(small))
+        counts = [size // mesh.data // microbatch for _, size in train.ramp_stages]
+        lists = {str(n): schedule_actions(replace(small, microbatches=n)) for n in counts}
+        small = replace(small, actions=schedule_actions(small), ramp_actions=lists)
     return replace(program, model=model, train=train), small
 
 

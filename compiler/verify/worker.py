@@ -25,6 +25,7 @@ class Task:
     """folder: the emitted program. dtype: what everything is computed in; None: as emitted.
 
     mesh: axis sizes by name. clip: the norm that gradients are clipped to after they are compared.
+    rows: sequences of the step, if not the program's BATCH.
     """
 
     folder: str
@@ -34,6 +35,7 @@ class Task:
     clip: float
     seed: int
     threads: int = 1
+    rows: int | None = None
 
 
 def run_rank(task: Task, rank: int, store: str, results: str) -> None:
@@ -76,7 +78,8 @@ def _run(task: Task, rank: int, store: str) -> dict[str, Any]:
     batches = importlib.import_module("runtime.batches")
     train = modules["train"]
     data = batches.synthetic(sequence_length=train.SEQUENCE, vocab=train.VOCABULARY, seed=task.seed)
-    batch = data.batch(0, train.BATCH, mesh)
+    rows = task.rows or train.BATCH
+    batch = data.batch(0, rows, mesh)
     out: dict[str, Any] = {"coordinates": {a: getattr(mesh, a).rank for a in task.mesh}}
     out["parameters"] = _whole(trainer.models, gradients=False)
     out["loss"] = trainer.step(batch).double().cpu()
@@ -84,7 +87,7 @@ def _run(task: Task, rank: int, store: str) -> dict[str, Any]:
     out["gradients"] = _whole(trainer.models, gradients=True, scale=scale)
     out["norm"] = trainer.clip(task.clip).double().cpu()
     out["clipped"] = _whole(trainer.models, gradients=True)
-    out["tokens"] = data.read(torch.arange(train.BATCH))
+    out["tokens"] = data.read(torch.arange(rows))
     return out
 
 

@@ -46,6 +46,18 @@ def test_precisions(precision):
     round_trip(MODEL + CLUSTER + TRAIN.replace("steps", f"precision = {precision}; steps"))
 
 
+@pytest.mark.parametrize(
+    "batch",
+    [
+        "ramp(from=8 sequences, to=64 sequences, over=1M tokens)",
+        "ramp(from=1Ki tokens, to=8Ki tokens, steps=7, increment=2Ki tokens)",
+    ],
+)
+def test_ramps(batch):
+    text = TRAIN.replace("64 sequences", batch).replace("steps = 10", "loss = 2.5; steps = 900")
+    round_trip(MODEL + CLUSTER + text)
+
+
 @pytest.mark.parametrize("name", ["llama3_8b", "llama3_2_1b", "gpt2_xl"])
 def test_library(name):
     source = "gpt2" if "gpt2" in name else "llama"

@@ -52,6 +52,31 @@ def test_batch_in_tokens():
     assert train("batch = 64 sequences; sequence_length = 32").batch_tokens == 2048
 
 
+def test_ramp():
+    """Doubling by default, else by increments; equal shares of tokens, or of steps."""
+    made = train("batch = ramp(from=8 sequences, to=64 sequences, over=98_304 tokens); steps = 100")
+    assert made.batch_sequences == 64
+    assert made.ramp_stages == ((32, 8), (16, 16), (8, 32))  # 32,768 tokens each
+    assert made.common_sequences == 8
+    assert made.tokens_of(100) == 98_304 + 44 * 64 * 128
+    assert made.tokens_of(33) == 32_768 + 16 * 128
+    for steps in (1, 32, 33, 50, 56, 57, 100):
+        assert made.steps_for(made.tokens_of(steps)) == steps
+        assert made.steps_for(made.tokens_of(steps) + 1) == steps + 1
+
+    made = train(
+        "batch = ramp(from=10 sequences, to=48 sequences, steps=11, increment=10 sequences)"
+    )
+    assert made.ramp_stages == ((3, 10), (3, 20), (3, 30), (2, 40))
+    assert made.common_sequences == 2
+
+
+def test_tokens_of_a_run_with_a_ramp():
+    made = train("tokens = 1M; batch = ramp(from=8 sequences, to=64 sequences, steps=30)")
+    assert made.steps is not None and made.tokens_of(made.steps) >= 1_000_000
+    assert made.tokens_of(made.steps - 1) < 1_000_000
+
+
 @pytest.mark.parametrize(
     ("steps", "warmup"), [(5, None), (10, 1), (1000, 100), (20_000, 2000), (100_000, 2000)]
 )

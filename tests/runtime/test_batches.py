@@ -175,3 +175,29 @@ def test_synthetic():
     assert (dataset.read(torch.tensor([7])) == rows[7]).all()
     other = batches.synthetic(sequence_length=64, vocab=1000, seed=6)
     assert (other.read(torch.tensor([7])) != rows[7]).any()
+
+
+def test_ramp():
+    ramp = batches.Ramp(8, ((3, 2), (2, 4)))
+    assert [ramp.rows(step) for step in range(7)] == [2, 2, 2, 4, 4, 8, 8]
+    assert [ramp.first(step) for step in range(7)] == [0, 2, 4, 6, 10, 14, 22]
+
+
+def test_a_ramp_reads_the_same_samples(words: Dataset):
+    """In the same order, cut into other steps; micro-batches keep their size."""
+
+    def of_rank(rank: int) -> list:
+        mesh = Mesh.create("cpu", shards=2)
+        ramp, out = batches.Ramp(8, ((2, 2), (1, 4))), []
+        for step in range(5):
+            batch = words.take(ramp.first(step), ramp.rows(step), mesh)
+            micros = list(batch.microbatches(batch.count(1)))
+            assert all(len(micro.tokens_BT) == 1 for micro in micros)
+            assert len(micros) == ramp.rows(step) // 2
+            out += [(int(m.samples_B[0]), m.tokens_BT[0].tolist()) for m in micros]
+        dist.barrier()
+        return out
+
+    seen = sorted(sample for rank in run(2, of_rank) for sample in rank)
+    assert [number for number, _ in seen] == list(range(24))
+    assert [tokens for _, tokens in seen] == words.read(torch.arange(24))[:, :-1].tolist()

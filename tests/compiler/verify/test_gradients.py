@@ -94,3 +94,37 @@ def test_gradients(model: str, case: Case) -> None:
 @pytest.mark.parametrize("case", EVERY_PIPELINE, ids=lambda c: c[2])
 def test_every_pipeline(model: str, case: Case) -> None:
     check(model, case)
+
+
+RAMPS = [
+    (2, "pipeline = 2; schedule = 1f1b; microbatch = 2; stages = [3, 5]"),
+    (2, "data = 2; zero = 1; microbatch = 1"),
+]
+MORE_RAMPS = [
+    (4, "pipeline = 4; schedule = gpipe; microbatch = 2"),
+    (4, "pipeline = 2; data = 2; zero = 1; schedule = 1f1b; microbatch = 1"),
+    (4, "pipeline = 2; data = 2; zero = 3; schedule = gpipe; microbatch = 1"),
+    (2, "tensor = 2; sequence = on; microbatch = 2"),
+]
+
+
+def check_ramp(devices: int, pins: str) -> None:
+    text = spec_text(MODELS["gpt"], devices, 16, pins)
+    ramp = "ramp(from=4 sequences, to=16 sequences, steps=4)"
+    session, plan = planned(text.replace("16 sequences", ramp))
+    assert len(plan.ramp_actions) == (2 if plan.mesh.pipeline > 1 else 0)
+    report, small = verify_plan(session, plan, largest=4)
+    assert sum(d.what == "loss" for d in report.differences) == 3, "a step of each size"
+    assert set(small.ramp_actions) == ({"1", "2"} if plan.mesh.pipeline > 1 else set())
+    assert report.ok, [(d.what, d.error) for d in report.failures()[:8]]
+
+
+@pytest.mark.parametrize(("devices", "pins"), RAMPS)
+def test_every_size_of_a_ramp(devices: int, pins: str) -> None:
+    check_ramp(devices, pins)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("devices", "pins"), MORE_RAMPS)
+def test_every_size_of_more_ramps(devices: int, pins: str) -> None:
+    check_ramp(devices, pins)
