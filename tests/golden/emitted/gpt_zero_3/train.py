@@ -1,4 +1,4 @@
-"""Emitted by llmspec from gpt_zero_3.llmspec. Spec b9236e2b3176, plan 4b02fc.
+"""Emitted by llmspec from gpt_zero_3.llmspec. Spec b9236e2b3176, plan 1810bb.
 Change the spec or the plan, then: llmspec compile gpt_zero_3.llmspec
 
 Mesh: shards 2 = 2 processes. ZeRO 3.

@@ -1,4 +1,4 @@
-"""Emitted by llmspec from llama_tensor_sequence_pipeline.llmspec. Spec 343fa3b94bc0, plan 09dc03.
+"""Emitted by llmspec from llama_tensor_sequence_pipeline.llmspec. Spec 343fa3b94bc0, plan 80e47d.
 Change the spec or the plan, then: llmspec compile llama_tensor_sequence_pipeline.llmspec
 
 Mesh: pipeline 2 x tensor 4 = 8 processes. ZeRO 0.
@@ -37,13 +37,13 @@ COMPUTE = torch.bfloat16  # weights are float32
 ACTIONS = {
     0: (
         "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0B0 0F2 0SEND_F2 0RECV_B1 0B1 0F3 0SEND_F3 "
-        "0RECV_B2 0B2 0F4 0SEND_F4 0RECV_B3 0B3 0F5 0SEND_F5 0RECV_B4 0B4 0F6 0SEND_F6 0RECV_B5 0B5 "
-        "0F7 0SEND_F7 0RECV_B6 0B6 0RECV_B7 0B7 0REDUCE_GRAD"
+        "0RECV_B2 0B2 0F4 0SEND_F4 0RECV_B3 0B3 0F5 0SEND_F5 0RECV_B4 0B4 0F6 0SEND_F6 "
+        "0RECV_B5 0B5 0F7 0SEND_F7 0RECV_B6 0B6 0RECV_B7 0B7 0REDUCE_GRAD"
     ).split(),
     1: (
         "1RECV_F0 1F0 1RECV_F1 1B0 1SEND_B0 1F1 1RECV_F2 1B1 1SEND_B1 1F2 1RECV_F3 1B2 "
-        "1SEND_B2 1F3 1RECV_F4 1B3 1SEND_B3 1F4 1RECV_F5 1B4 1SEND_B4 1F5 1RECV_F6 1B5 1SEND_B5 1F6 "
-        "1RECV_F7 1B6 1SEND_B6 1F7 1B7 1REDUCE_GRAD 1SEND_B7"
+        "1SEND_B2 1F3 1RECV_F4 1B3 1SEND_B3 1F4 1RECV_F5 1B4 1SEND_B4 1F5 1RECV_F6 1B5 "
+        "1SEND_B5 1F6 1RECV_F7 1B6 1SEND_B6 1F7 1B7 1REDUCE_GRAD 1SEND_B7"
     ).split(),
 }
 
