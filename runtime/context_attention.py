@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -44,7 +45,7 @@ def ring_attention(
     """
     if axis.size == 1:
         return _on_one(q_BtHE, k_BtKE, v_BtKE, causal, window, explicit)
-    return _Spread.apply(q_BtHE, k_BtKE, v_BtKE, axis, causal, window, explicit, True)
+    return _spread(q_BtHE, k_BtKE, v_BtKE, axis, causal, window, explicit, True)
 
 
 def gather_attention(
@@ -61,7 +62,7 @@ def gather_attention(
     their gradients backward."""
     if axis.size == 1:
         return _on_one(q_BtHE, k_BtKE, v_BtKE, causal, window, explicit)
-    return _Spread.apply(q_BtHE, k_BtKE, v_BtKE, axis, causal, window, explicit, False)
+    return _spread(q_BtHE, k_BtKE, v_BtKE, axis, causal, window, explicit, False)
 
 
 def ulysses_attention(
@@ -96,6 +97,18 @@ def _on_one(
 ) -> Tensor:
     compute = explicit_attention if explicit else attention
     return compute(q_BTHE, k_BTKE, v_BTKE, causal, window)
+
+
+def _spread(q_BtHE: Tensor, k_BtKE: Tensor, v_BtKE: Tensor, *how: Any) -> Tensor:
+    """Keys and values travel as one, so heads of another width are filled up with zeros."""
+    width, values = q_BtHE.shape[3], v_BtKE.shape[3]
+    if values > width:  # and the softmax is scaled by the width at hand
+        q_BtHE = F.pad(q_BtHE * (values / width) ** 0.5, (0, values - width))
+        k_BtKE = F.pad(k_BtKE, (0, values - width))
+    elif values < width:
+        v_BtKE = F.pad(v_BtKE, (0, width - values))
+    out_BtHE = _Spread.apply(q_BtHE, k_BtKE, v_BtKE, *how)
+    return out_BtHE[..., :values] if values < width else out_BtHE
 
 
 def blocks(

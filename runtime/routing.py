@@ -7,11 +7,13 @@ A pick that an expert has no room for is written as its complement: ~e, which is
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .auxiliary import with_loss
+from .mesh import Axis
 
 
 def router(x_BTD: Tensor, weight_XD: Tensor) -> Tensor:
@@ -59,11 +61,17 @@ def drop_over_capacity(experts_BTP: Tensor, capacity: int) -> Tensor:
     return kept_BN.unflatten(1, (experts_BTP.shape[2], -1)).transpose(1, 2).contiguous()
 
 
-def sequence_load(experts_BTP: Tensor, experts: int) -> Tensor:
-    """How many picks of each sequence chose each expert, dropped ones too [B, X]."""
+def sequence_load(experts_BTP: Tensor, experts: int, context: Axis | None = None) -> Tensor:
+    """How many picks of each sequence chose each expert, dropped ones too [B, X].
+
+    context: the ranks that share the sequences, each with a part of their tokens.
+    """
     chosen_BN = _chosen(experts_BTP).flatten(1)
     load_BX = chosen_BN.new_zeros(chosen_BN.shape[0], experts)
-    return load_BX.scatter_add_(1, chosen_BN, torch.ones_like(chosen_BN))
+    load_BX.scatter_add_(1, chosen_BN, torch.ones_like(chosen_BN))
+    if context is not None:
+        dist.all_reduce(load_BX, group=context.group)
+    return load_BX
 
 
 def with_balance_loss(logits_BTX: Tensor, load_BX: Tensor, coefficient: float, gate: str) -> Tensor:

@@ -4,6 +4,7 @@ from llmspec.compiler.ops import (  # noqa: F401
     attention,
     context,
     context_attention,
+    context_experts,
     dropout,
     elementwise,
     embedding,

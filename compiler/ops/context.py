@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from torch import fx
 
 from llmspec.compiler.errors import InternalError
+from llmspec.compiler.graph import without_gradient
 from llmspec.compiler.ops import dropout as dropouts
 from llmspec.compiler.ops.attention import rotary
 from llmspec.compiler.ops.dropout import dropout
@@ -147,6 +148,15 @@ def _move_rule(node: fx.Node) -> Rule:
 
 def _gather_sends(node: fx.Node, shapes: Shapes) -> tuple[Sends, ...]:
     whole = numel(shapes.result)
+    if without_gradient(node):
+        return (
+            Sends(
+                axis="context",
+                kind=Collective.ALL_GATHER,
+                elements_forward=whole,
+                elements_backward=0,
+            ),
+        )
     return (
         Sends(
             axis="context",

@@ -7,12 +7,13 @@ ring     k and v go round; gather: every rank gathers them; ulysses: tokens chan
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from torch import fx
 
-from llmspec.compiler.ops.attention import attention, visible_share
+from llmspec.compiler.ops.attention import attention, square_flops, visible_share
 from llmspec.compiler.ops.context import AXIS, not_runnable
 from llmspec.compiler.ops.registry import (
     CONTEXT_FORMS,
@@ -107,8 +108,7 @@ def _share(node: fx.Node, shapes: Shapes) -> float:
 
 
 def _square_flops(node: fx.Node, shapes: Shapes) -> float:
-    b, t, h, e = shapes.operands[0]
-    return 4.0 * b * t * t * _ranks(node) * h * e
+    return square_flops(shapes) * _ranks(node)
 
 
 def _flops(node: fx.Node, shapes: Shapes) -> float:
@@ -123,8 +123,14 @@ def _model_flops(node: fx.Node, shapes: Shapes) -> float:
 
 
 def _blocks_saved(node: fx.Node, shapes: Shapes) -> Saved:
-    b, t, h, _ = shapes.operands[0]
-    return Saved(operands=(0, 1, 2), result=True, extra_bytes=4 * b * t * h)
+    b, t, h, e = shapes.operands[0]
+    kv, value, logarithms = shapes.operands[1][2], shapes.operands[2][3], 4 * b * t * h
+    if value == e:
+        return Saved(operands=(0, 1, 2), result=True, extra_bytes=logarithms)
+    # copies, as wide as the widest: values and result, or queries, keys and result
+    filled = b * t * max(value, e) * (h + (kv if value < e else h + kv))
+    kept = (0, 1) if value < e else (2,)
+    return Saved(operands=kept, extra_elements=filled, extra_bytes=logarithms)
 
 
 def _repeat(node: fx.Node, shapes: Shapes) -> int:
@@ -136,17 +142,23 @@ def _repeat(node: fx.Node, shapes: Shapes) -> int:
 def _ulysses_saved(node: fx.Node, shapes: Shapes) -> Saved:
     """q, k, v and the result as they are after the exchange: other tensors than the operands."""
     b, t, h, _ = shapes.operands[0]
-    keys = 2 * _repeat(node, shapes) * numel(shapes.operands[1])
+    keys = _repeat(node, shapes) * (numel(shapes.operands[1]) + numel(shapes.operands[2]))
     queries = numel(shapes.operands[0])
     if not node.args[5]:
-        return Saved(extra_elements=2 * queries + keys, extra_bytes=4 * b * t * h)
+        kept = queries + numel(shapes.result) + keys
+        return Saved(extra_elements=kept, extra_bytes=4 * b * t * h)
     square = b * h * t * t * _ranks(node)
     return Saved(extra_elements=queries + keys, extra_bytes=6 * square)
 
 
+def _keys_and_values(shapes: Shapes) -> int:
+    """They travel as one, as wide as the wider."""
+    return 2 * max(numel(shapes.operands[1]), numel(shapes.operands[2]))
+
+
 def _ring_sends(node: fx.Node, shapes: Shapes) -> tuple[Sends, ...]:
     """k and v pass every other rank, forward and again backward; their gradients come home."""
-    both, ranks = 2 * numel(shapes.operands[1]), _ranks(node)
+    both, ranks = _keys_and_values(shapes), _ranks(node)
     values = Sends(
         axis="context",
         kind=Collective.SEND,
@@ -168,7 +180,7 @@ def _ring_sends(node: fx.Node, shapes: Shapes) -> tuple[Sends, ...]:
 
 
 def _gather_sends(node: fx.Node, shapes: Shapes) -> tuple[Sends, ...]:
-    both = 2 * numel(shapes.operands[1]) * _ranks(node)
+    both = _keys_and_values(shapes) * _ranks(node)
     values = Sends(
         axis="context",
         kind=Collective.ALL_GATHER,
@@ -188,19 +200,19 @@ def _gather_sends(node: fx.Node, shapes: Shapes) -> tuple[Sends, ...]:
 def _ulysses_sends(node: fx.Node, shapes: Shapes) -> tuple[Sends, ...]:
     """q and the result, k and v: once each, and their gradients back."""
     ranks = _ranks(node)
-    queries = numel(shapes.operands[0]) * ranks
-    keys = _repeat(node, shapes) * numel(shapes.operands[1]) * ranks
-
-    def exchange(elements: int) -> Sends:
-        return Sends(
+    q, k, v = (numel(shape) * ranks for shape in shapes.operands)
+    repeat, out = _repeat(node, shapes), numel(shapes.result) * ranks
+    counted = Counter((q, out, repeat * k, repeat * v))
+    return tuple(
+        Sends(
             axis="context",
             kind=Collective.ALL_TO_ALL,
             elements_forward=elements,
             elements_backward=elements,
-            count=2,
+            count=count,
         )
-
-    return exchange(queries), exchange(keys)
+        for elements, count in counted.items()
+    )
 
 
 def _render(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:

@@ -23,10 +23,13 @@ HEADS = [(4, 4), (4, 2), (8, 1), (12, 3)]
 B, E = 2, 8
 
 
-def _inputs(tokens: int, heads: int, kv_heads: int, kind: torch.dtype) -> list[torch.Tensor]:
+def _inputs(
+    tokens: int, heads: int, kv_heads: int, kind: torch.dtype, values: int = E
+) -> list[torch.Tensor]:
     draw = torch.Generator().manual_seed(heads)
-    shapes = [heads, kv_heads, kv_heads, heads]  # q, k, v, and the result's gradient
-    return [torch.randn(B, tokens, h, E, generator=draw, dtype=kind) for h in shapes]
+    # q, k, v, and the result's gradient
+    shapes = [(heads, E), (kv_heads, E), (kv_heads, values), (heads, values)]
+    return [torch.randn(B, tokens, *shape, generator=draw, dtype=kind) for shape in shapes]
 
 
 def _close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> None:
@@ -35,12 +38,18 @@ def _close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> None:
 
 
 def _compare(
-    rank: int, n: int, style: str, kind: torch.dtype, tolerance: float, explicit: bool
+    rank: int,
+    n: int,
+    style: str,
+    kind: torch.dtype,
+    tolerance: float,
+    explicit: bool,
+    values: int = E,
 ) -> int:
     axis = Mesh.create("cpu", context=n).context
     compared = 0
     for (causal, window), (heads, kv_heads) in product(MASKS, HEADS):
-        whole = _inputs(8 * n, heads, kv_heads, kind)
+        whole = _inputs(8 * n, heads, kv_heads, kind, values)
         leaves = [x.double().requires_grad_() for x in whole[:3]]
         expected = explicit_attention(*leaves, causal, window)
         wanted = torch.autograd.grad((expected * whole[3]).sum(), leaves)
@@ -60,6 +69,12 @@ def _compare(
 @pytest.mark.parametrize("style", STYLES)
 def test_float64(style: str, n: int) -> None:
     assert run(n, _compare, n, style, torch.float64, 1e-12, False) == [28] * n
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("values", [5, 12])
+def test_values_of_another_width(style: str, values: int) -> None:
+    assert run(2, _compare, 2, style, torch.float64, 1e-12, False, values) == [28] * 2
 
 
 @pytest.mark.parametrize("style", STYLES)

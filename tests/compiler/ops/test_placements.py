@@ -323,6 +323,7 @@ ON_CONTEXT_RANKS = {
     "gather_tokens",
     "own_tokens",
     "context_rotary",
+    "context_sequence_load",
     "context_positions",
     "context_dropout",
     "context_masked_softmax",

@@ -47,7 +47,8 @@ SHORT: list[tuple[str, Case]] = [
     ("dropping", (2, 4, "tensor = 2; sequence = on; microbatch = 2")),
     ("grouped", (2, 4, "tensor = 2; sequence = off; microbatch = 2; recompute = full")),
     ("shared", (2, 8, "pipeline = 2; schedule = 1f1b; microbatch = 2; stages = [3, 1]")),
-    ("deepseek", (2, 4, "tensor = 2; sequence = on; microbatch = 2")),
+    ("dropping", (2, 4, "context = 2; context_style = gather; microbatch = 2")),
+    ("deepseek", (2, 4, "context = 2; context_style = ring; microbatch = 2")),
     ("qwen", (2, 4, "tensor = 2; sequence = on; microbatch = 2")),
 ]
 CASES: list[Case] = [
@@ -60,6 +61,8 @@ CASES: list[Case] = [
     ),
     (2, 8, "pipeline = 2; schedule = 1f1b; microbatch = 2; stages = [3, 1]"),
     (2, 8, "pipeline = 2; schedule = gpipe; microbatch = 4; recompute = full"),
+    *((2, 4, f"context = 2; context_style = {s}; microbatch = 2") for s in ("ring", "ulysses")),
+    (4, 4, "context = 2; tensor = 2; sequence = on; microbatch = 2; recompute = full"),
     (8, 8, "data = 2; pipeline = 2; tensor = 2; zero = 3; microbatch = 2; schedule = 1f1b"),
 ]
 
