@@ -187,10 +187,10 @@ def mesh_words(plan: Plan) -> str:
     words = [f"data {mesh.data}", f"zero {plan.zero}"]
     if mesh.expert > 1:
         words.append(f"expert {mesh.expert}")
-    if mesh.context > 1:
-        words.append(f"context {mesh.context}")
     if mesh.tensor > 1:
         words.append(f"tensor {mesh.tensor}")
+    if mesh.context > 1:
+        words.append(f"context {mesh.context} ({plan.context_style})")
     if mesh.pipeline > 1:
         words.append(f"pipeline {mesh.pipeline}")
     return ", ".join(words)

@@ -308,7 +308,8 @@ def shards_are_data(pins: Pins) -> None:
     if shard is None or ranks is None:
         return
     if data is not None:
-        counts = sorted({d * c for c in context_ranks(pins) for d in divisors(data)})
+        # one shard is ZeRO 0, whatever the context ranks
+        counts = sorted({1} | {d * c for c in context_ranks(pins) for d in divisors(data)})
         if ranks not in counts:
             near = sorted(sorted(counts, key=lambda n: abs(n - ranks))[:3])
             context = pins.number("context") or 1

@@ -177,27 +177,46 @@ class _Spread(torch.autograd.Function):
         own = torch.stack((k_BtKE, v_BtKE))
         sums = _RingSums(axis) if ctx.ring else _GatheredSums(axis)
         for source, kv in _around(own, axis) if ctx.ring else _gathered(own, axis):
-            k, v = kv.transpose(2, 3)
-            dkv = torch.zeros_like(kv, dtype=log_BHt.dtype)
-            dk, dv = dkv.transpose(2, 3)
-            for block in blocks(axis.rank, source, axis.size, tokens, *ctx.mask):
-                t, s = block.queries, block.keys
-                part = attention_blocks.backward(
-                    grad[:, :, t],
-                    q[:, :, t],
-                    k[:, :, s],
-                    v[:, :, s],
-                    out[:, :, t],
-                    log_BHt[:, :, t],
-                    block,
-                    ctx.explicit,
-                )
-                dq_BHtE[:, :, t] += part[0]
-                dk[:, :, s] += part[1]
-                dv[:, :, s] += part[2]
-            sums.add(source, dkv)
+            found = blocks(axis.rank, source, axis.size, tokens, *ctx.mask)
+            sums.add(
+                source, _backward(grad, q, kv, out, log_BHt, found, ctx.explicit, into=dq_BHtE)
+            )
+        del kv  # with it all ranks' keys and values, before their gradients are scattered
         dk, dv = sums.home().to(k_BtKE.dtype)
         return dq_BHtE.transpose(1, 2).to(q_BtHE.dtype), dk, dv, *[None] * 5
+
+
+def _backward(
+    grad_BHtE: Tensor,
+    q_BHtE: Tensor,
+    kv: Tensor,
+    out_BHtE: Tensor,
+    log_BHt: Tensor,
+    found: list[Block],
+    explicit: bool,
+    *,
+    into: Tensor,
+) -> Tensor:
+    """Gradients of one rank's k and v, stacked as they are; q's are added to `into`."""
+    k_BKtE, v_BKtE = kv.transpose(2, 3)
+    dkv = torch.zeros_like(kv, dtype=log_BHt.dtype)
+    dk_BKtE, dv_BKtE = dkv.transpose(2, 3)
+    for block in found:
+        t, s = block.queries, block.keys
+        part = attention_blocks.backward(
+            grad_BHtE[:, :, t],
+            q_BHtE[:, :, t],
+            k_BKtE[:, :, s],
+            v_BKtE[:, :, s],
+            out_BHtE[:, :, t],
+            log_BHt[:, :, t],
+            block,
+            explicit,
+        )
+        into[:, :, t] += part[0]
+        dk_BKtE[:, :, s] += part[1]
+        dv_BKtE[:, :, s] += part[2]
+    return dkv
 
 
 def _merge(out_BHTE: Tensor, log_BHT: Tensor, part_BHTE: Tensor, part_log_BHT: Tensor) -> None:
@@ -275,14 +294,16 @@ class _GatheredSums:
 
     def __init__(self, axis: Axis):
         self.axis = axis
-        self.parts: dict[int, Tensor] = {}
+        self.every: Tensor | None = None
 
     def add(self, source: int, dkv: Tensor) -> None:
-        self.parts[source] = dkv
+        if self.every is None:
+            self.every = dkv.new_empty((self.axis.size, *dkv.shape))
+        self.every[source] = dkv
 
     def home(self) -> Tensor:
-        every = torch.stack([self.parts[rank] for rank in range(self.axis.size)])
-        self.parts.clear()
-        out = torch.empty_like(every[0])
-        reduce_scatter_(out, every, self.axis)
+        assert self.every is not None, "every rank has added its part"
+        out = torch.empty_like(self.every[0])
+        reduce_scatter_(out, self.every, self.axis)
+        self.every = None
         return out

@@ -108,9 +108,11 @@ def operator_cost(node: fx.Node, shapes: Shapes, machine: Machine, width: int) -
     """`width`: bytes of an element in the compute type."""
     entry = entry_of(node)
     flops = entry.flops(node, shapes)
-    saved = in_bytes(entry.saved(node, shapes), width)
+    kept = entry.saved(node, shapes)
+    saved = in_bytes(kept, width)
     read, result, gradients = _bytes(entry, node, shapes, width)
-    working = result + gradients + saved.extra_bytes
+    working = result + gradients + kept.extra_bytes
+    working += entry.buffers(node, shapes, width) if entry.buffers is not None else 0
     if entry.alias:
         return OperatorCost(
             forward_s=0.0,

@@ -311,7 +311,12 @@ class Printer:
             return f"{path}({', '.join(self.names[n] for n in item.inputs)})", ()
         if collective.is_collective(item):
             return self._call(item), self.comment(item.meta["move"], item)
-        return self._call(item), self.sent(item)
+        return self._call(item), self._sent(item)
+
+    def _sent(self, node: fx.Node) -> tuple[str, ...]:
+        """Of everything that the statement of `node` writes out."""
+        inside = [a for a in node.all_input_nodes if a in self._inside]
+        return (*(line for a in inside for line in self._sent(a)), *self.sent(node))
 
 
 _BINARY = (elementwise.add, elementwise.subtract, elementwise.multiply, elementwise.divide)

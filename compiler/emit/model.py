@@ -176,18 +176,26 @@ class ModelPrinter:
             if one.kind is Collective.ALL_TO_ALL:
                 elements //= ranks
             width = sent_width(one, BYTES[self.precision.compute])
-            size = in_bytes(one.count * elements * width)
+            messages = one.count if one.kind is Collective.SEND and one.count > 1 else 0
+            size = in_bytes((1 if messages else one.count) * elements * width)
+            size = f"{messages} x {size}" if messages else size
             time_s = self.times(one)
             cost = size if time_s is None else f"{size}, {time_s * 1e3:.3g} ms predicted"
-            text = f"{VERBS[one.kind]} over {one.axis}: {cost}"
+            what = f"{VERBS[one.kind]} over {one.axis}" + (" meanwhile" if one.hidden else "")
+            text = f"{what}: {cost}"
             if not one.elements_forward:
-                text = f"backward: {VERBS[one.kind]} over {one.axis}, {cost}"
+                text = f"backward: {what}, {cost}"
             elif one.elements_backward:
                 text += f"; backward: {VERBS[one.kind]}"
-            lines.append(text + (", beside computing" if one.hidden else ""))
+            lines.append(text)
         return tuple(lines)
 
     # -- the file
+
+    def _shared(self, letter: str, size: int) -> str:
+        """Of how many tokens these are a context rank's."""
+        ranks = self.plan.mesh.context
+        return f" ({ranks * size:,} over context)" if ranks > 1 and letter in "TS" else ""
 
     def _legend(self) -> list[str]:
         """One entry a letter: what it counts, whole and on one rank."""
@@ -206,7 +214,7 @@ class ModelPrinter:
                     if letter.islower():
                         local.setdefault(letter, size)
         parts = [
-            f"{letter} {size:,} {LETTERS[letter]}".replace(",", "_")
+            f"{letter} {size:,} {LETTERS[letter]}{self._shared(letter, size)}".replace(",", "_")
             for letter, size in whole.items()
             if letter in LETTERS
         ]

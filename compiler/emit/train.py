@@ -124,13 +124,19 @@ class TrainPrinter:
     def data_moves(self) -> None:
         """Comments: what travels over the data ranks and stands in no other line."""
         plan = self.plan
-        if plan.zero == 0 and plan.mesh.data > 1:
-            self.text.line("# sums gradients over the data ranks in buckets, beside the backward")
+        sizes = {"data": plan.mesh.data, "context": plan.mesh.context}
+        ranks = " and ".join(name for name, size in sizes.items() if size > 1) or "data"
+        if plan.zero == 0 and plan.mesh.data * plan.mesh.context > 1:
+            self.text.line(
+                f"# sums gradients over the {ranks} ranks in buckets, beside the backward"
+            )
         if plan.zero > 0:
             gathered = "once a step" if plan.zero < 3 else "for its forward and for its backward"
             summed = "once a step" if plan.zero == 1 else "after every backward"
             self.text.line(f"# FSDP2 gathers each unit's parameters {gathered},")
-            self.text.line(f"# and sums its gradients over the data ranks {summed}, a part on each")
+            self.text.line(
+                f"# and sums its gradients over the {ranks} ranks {summed}, a part on each"
+            )
         if self.stored_on_host:
             self.text.line("# the parts are in host memory, and with them the optimizer's state")
 

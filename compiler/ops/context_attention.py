@@ -215,6 +215,21 @@ def _ulysses_sends(node: fx.Node, shapes: Shapes) -> tuple[Sends, ...]:
     )
 
 
+def _ring_buffers(node: fx.Node, shapes: Shapes, width: int) -> int:
+    """k and v, the own, the ones at hand and the next; three pairs of their gradients and q's, in
+    float32 at least. A block is half of the pair."""
+    queries, pair = numel(shapes.operands[0]), 2 * numel(shapes.operands[1])
+    values = min(3, _ranks(node)) * pair - pair // 2
+    return width * values + max(width, 4) * (3 * pair + queries)
+
+
+def _gather_buffers(node: fx.Node, shapes: Shapes, width: int) -> int:
+    """The own k and v and all ranks', the gradients of one and of all, and q's."""
+    queries, pair = numel(shapes.operands[0]), 2 * numel(shapes.operands[1])
+    every = (_ranks(node) + 1) * pair
+    return width * (every - pair // 2) + max(width, 4) * (every + queries)
+
+
 def _render(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
     name = node.target.__name__  # type: ignore[union-attr]
     causal, window, explicit = node.args[3:6]
@@ -225,10 +240,10 @@ def _render(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
     return Printed(text, (("runtime.context_attention", name),))
 
 
-for _function, _placed, _saved, _sends in (
-    (ring_attention, _rule, _blocks_saved, _ring_sends),
-    (gather_attention, _rule, _blocks_saved, _gather_sends),
-    (ulysses_attention, _ulysses_rule, _ulysses_saved, _ulysses_sends),
+for _function, _placed, _saved, _sends, _buffers in (
+    (ring_attention, _rule, _blocks_saved, _ring_sends, _ring_buffers),
+    (gather_attention, _rule, _blocks_saved, _gather_sends, _gather_buffers),
+    (ulysses_attention, _ulysses_rule, _ulysses_saved, _ulysses_sends, None),
 ):
     register(
         Entry(
@@ -242,5 +257,6 @@ for _function, _placed, _saved, _sends in (
             backward_factor=2.5,  # as of `attention`
             model_flops=_model_flops,
             sends=_sends,
+            buffers=_buffers,
         )
     )

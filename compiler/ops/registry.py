@@ -215,6 +215,9 @@ class Entry:
     """
     sends: Callable[[fx.Node, Shapes], tuple[Sends, ...]] | None = None
     """What it sends over the context or expert axis; None: nothing."""
+    buffers: Callable[[fx.Node, Shapes, int], int] | None = None
+    """Bytes that its backward has alive besides its result and the gradients of its operands, in a
+    compute type of so many bytes; None: nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

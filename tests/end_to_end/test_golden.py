@@ -13,7 +13,7 @@ from tests.conftest import GOLDEN, Golden
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECS = {
-    "quickstart": ROOT / "examples" / "quickstart.llmspec",
+    **{name: ROOT / "examples" / f"{name}.llmspec" for name in ("quickstart", "llama3_8b_long")},
     **{path.stem: path for path in sorted((GOLDEN / "specs").glob("*.llmspec"))},
 }
 

@@ -59,3 +59,31 @@ def test_the_peak_of_one_process():
 @pytest.mark.parametrize("pins", CASES)
 def test_the_peak(model: str, pins: str):
     check_peak(model, pins)
+
+
+WIDE = """
+model m {
+    vocab = 64; context = 512; width = 64
+    block layer(x) {
+        x = x + attention(rmsnorm(x), heads=16, head_size=32, kv_heads=16, causal)
+        x = x + mlp(rmsnorm(x), ffn=64)
+    }
+    tokens -> embed -> layer * 4 -> rmsnorm -> unembed
+}
+"""
+
+
+ONE = pytest.param("ring")
+MORE = [pytest.param(style, marks=pytest.mark.long) for style in ("gather", "ulysses")]
+
+
+@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.parametrize("style", [ONE, *MORE])
+def test_what_context_ranks_hold_at_once(style: str, devices: int):
+    """The peak is attention's own: every block is recomputed, and heads are wider than the rest."""
+    pins = f"context = {devices}; context_style = {style}; zero = 0; microbatch = 8"
+    session, plan = planned(spec_text(WIDE, devices, f"{pins}; recompute = full"))
+    parts = plan.predicted["predicted"]["memory_bytes"]
+    predicted = sum(size for part, size in parts.items() if part != "fixed")
+    peak = max(rank.peak for rank in measure(session, plan))
+    assert peak == pytest.approx(predicted, rel=0.03)

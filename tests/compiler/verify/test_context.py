@@ -29,7 +29,7 @@ MODELS = {
     "gpt": GPT,
     "llama": LLAMA,
     "window": _grouped("causal, window=100, rope=10_000"),
-    "both ways": _grouped("causal=off"),
+    "both ways": _grouped("bias"),
     "explicit": _grouped("causal, explicit"),
     "one head": LLAMA.replace("kv_heads=8", "kv_heads=1"),
 }

@@ -1,0 +1,127 @@
+"""Emitted by llmspec from llama3_8b_long.llmspec. Spec 5b5ab4d1d4ce, plan 011ef8.
+Change the spec or the plan, then: llmspec compile llama3_8b_long.llmspec
+
+Mesh: shards 2 x context 16 = 32 processes. ZeRO 2.
+Shapes of one micro-batch on one process: B 1 sequences;
+    T 8_192 tokens (131_072 over context); V 128_256 vocabulary; D 4_096 width;
+    I 4_096 heads x head size; H 32 heads; E 128 head size;
+    J 1_024 key/value heads x head size; K 8 key/value heads; F 14_336 hidden width
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from runtime.context_attention import ring_attention
+from runtime.initialise import Constant, Normal
+from runtime.loss import cross_entropy_sum
+from runtime.mesh import Mesh
+from runtime.norms import rms_norm
+from runtime.parameters import Group, local, parameter
+from runtime.rotary import rotary
+
+
+class First(nn.Module):
+    """What comes before the blocks, library/llama.llmspec:13."""
+
+    def __init__(self, embed: Group):
+        super().__init__()
+        self.embed = embed
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        return F.embedding(tokens_BT, local(self.embed.table))
+
+
+class LayerAttention(nn.Module):
+    """attention of `layer`, library/llama.llmspec:10."""
+
+    def __init__(self, mesh: Mesh):
+        super().__init__()
+        self.q = parameter((4096, 4096), mesh=mesh, init=Normal(std=0.02))
+        self.k = parameter((1024, 4096), mesh=mesh, init=Normal(std=0.02))
+        self.v = parameter((1024, 4096), mesh=mesh, init=Normal(std=0.02))
+        self.out = parameter((4096, 4096), mesh=mesh, init=Normal(std=0.0025))
+        self.context = mesh.context
+
+    def forward(self, normed_BTD: Tensor) -> Tensor:
+        q_BTHE = F.linear(normed_BTD, local(self.q)).unflatten(-1, (-1, 128))
+        k_BTKE = F.linear(normed_BTD, local(self.k)).unflatten(-1, (-1, 128))
+        v_BTKE = F.linear(normed_BTD, local(self.v)).unflatten(-1, (-1, 128))
+        q_BTHE = rotary(q_BTHE, 500000.0, context=self.context)
+        k_BTKE = rotary(k_BTKE, 500000.0, context=self.context)
+        # pass on over context meanwhile: 15 x 32 MiB, 1.73 ms predicted; backward: pass on
+        # backward: pass on over context meanwhile, 16 x 64 MiB, 3.63 ms predicted
+        mixed_BTI = ring_attention(q_BTHE, k_BTKE, v_BTKE, self.context, causal=True).flatten(-2)
+        return F.linear(mixed_BTI, local(self.out))
+
+
+class LayerSwiglu(nn.Module):
+    """swiglu of `layer`, library/llama.llmspec:11."""
+
+    def __init__(self, mesh: Mesh):
+        super().__init__()
+        self.gate = parameter((14336, 4096), mesh=mesh, init=Normal(std=0.02))
+        self.up = parameter((14336, 4096), mesh=mesh, init=Normal(std=0.02))
+        self.down = parameter((4096, 14336), mesh=mesh, init=Normal(std=0.0025))
+
+    def forward(self, normed_BTD: Tensor) -> Tensor:
+        gate_BTF = F.linear(normed_BTD, local(self.gate))
+        up_BTF = F.linear(normed_BTD, local(self.up))
+        gate_BTF = F.silu(gate_BTF)
+        hidden_BTF = gate_BTF * up_BTF
+        return F.linear(hidden_BTF, local(self.down))
+
+
+class Layer(nn.Module):
+    """Block `layer`, library/llama.llmspec:13."""
+
+    def __init__(self, mesh: Mesh):
+        super().__init__()
+        self.attention = LayerAttention(mesh)
+        self.swiglu = LayerSwiglu(mesh)
+        self.rmsnorm = Group(weight=parameter((4096,), mesh=mesh, init=Constant(value=1.0)))
+        self.rmsnorm_2 = Group(weight=parameter((4096,), mesh=mesh, init=Constant(value=1.0)))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        normed_BTD = rms_norm(x_BTD, local(self.rmsnorm.weight), eps=1e-05)
+        attention_BTD = self.attention(normed_BTD)
+        x_BTD = x_BTD + attention_BTD
+        normed_BTD = rms_norm(x_BTD, local(self.rmsnorm_2.weight), eps=1e-05)
+        swiglu_BTD = self.swiglu(normed_BTD)
+        return x_BTD + swiglu_BTD
+
+
+class Last(nn.Module):
+    """What comes after the blocks, library/llama.llmspec:13."""
+
+    def __init__(self, rmsnorm: Group, unembed: Group):
+        super().__init__()
+        self.rmsnorm = rmsnorm
+        self.unembed = unembed
+
+    def forward(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        normed_BTD = rms_norm(x_BTD, local(self.rmsnorm.weight), eps=1e-05)
+        logits_BTV = F.linear(normed_BTD, local(self.unembed.table))
+        return cross_entropy_sum(logits_BTV, targets_BT)
+
+
+class Model(nn.Module):
+    """`long_8b`, 32 blocks: from tokens to the summed loss of their targets."""
+
+    def __init__(self, mesh: Mesh):
+        super().__init__()
+        self.embed = Group(table=parameter((128256, 4096), mesh=mesh, init=Normal(std=0.02)))
+        self.first = First(self.embed)
+        self.layer = nn.ModuleDict({str(i): Layer(mesh) for i in range(32)})
+        self.rmsnorm = Group(weight=parameter((4096,), mesh=mesh, init=Constant(value=1.0)))
+        self.unembed = Group(table=parameter((128256, 4096), mesh=mesh, init=Normal(std=0.02)))
+        self.last = Last(self.rmsnorm, self.unembed)
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, samples_B: Tensor) -> Tensor:
+        x = self.first(tokens_BT)
+        for block in self.layer.values():
+            x = block(x)
+        return self.last(x, targets_BT)
+
+    def units(self) -> list[nn.Module]:
+        """The modules whose parameters are gathered together."""
+        return [*self.layer.values(), self.first, self.last]
