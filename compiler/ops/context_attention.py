@@ -218,14 +218,14 @@ def _ulysses_sends(node: fx.Node, shapes: Shapes) -> tuple[Sends, ...]:
 def _ring_buffers(node: fx.Node, shapes: Shapes, width: int) -> int:
     """k and v, the own, the ones at hand and the next; three pairs of their gradients and q's, in
     float32 at least. A block is half of the pair."""
-    queries, pair = numel(shapes.operands[0]), 2 * numel(shapes.operands[1])
+    queries, pair = numel(shapes.operands[0]), _keys_and_values(shapes)
     values = min(3, _ranks(node)) * pair - pair // 2
     return width * values + max(width, 4) * (3 * pair + queries)
 
 
 def _gather_buffers(node: fx.Node, shapes: Shapes, width: int) -> int:
     """The own k and v and all ranks', the gradients of one and of all, and q's."""
-    queries, pair = numel(shapes.operands[0]), 2 * numel(shapes.operands[1])
+    queries, pair = numel(shapes.operands[0]), _keys_and_values(shapes)
     every = (_ranks(node) + 1) * pair
     return width * (every - pair // 2) + max(width, 4) * (every + queries)
 

@@ -1,4 +1,4 @@
-"""Emitted by llmspec from llama3_8b_long.llmspec. Spec 5b5ab4d1d4ce, plan 011ef8.
+"""Emitted by llmspec from llama3_8b_long.llmspec. Spec 5b5ab4d1d4ce, plan 1fa214.
 Change the spec or the plan, then: llmspec compile llama3_8b_long.llmspec
 
 Mesh: shards 2 x context 16 = 32 processes. ZeRO 2.
@@ -123,5 +123,5 @@ class Model(nn.Module):
         return self.last(x, targets_BT)
 
     def units(self) -> list[nn.Module]:
-        """The modules whose parameters are gathered together."""
-        return [*self.layer.values(), self.first, self.last]
+        """What is gathered together, in the order of the forward."""
+        return [self.first, *self.layer.values(), self.last]

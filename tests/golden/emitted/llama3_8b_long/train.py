@@ -1,4 +1,4 @@
-"""Emitted by llmspec from llama3_8b_long.llmspec. Spec 5b5ab4d1d4ce, plan 011ef8.
+"""Emitted by llmspec from llama3_8b_long.llmspec. Spec 5b5ab4d1d4ce, plan 1fa214.
 Change the spec or the plan, then: llmspec compile llama3_8b_long.llmspec
 
 Mesh: shards 2 x context 16 = 32 processes. ZeRO 2.
