@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from llmspec.compiler.errors import InternalError
 from llmspec.compiler.graph import Instance, ModelGraph, Unit
+from llmspec.compiler.orders import Schedule
 from llmspec.compiler.passes.shard import shard_unit, whole_placement
+from llmspec.compiler.passes.split_backward import leave_weights_for_later
 from llmspec.compiler.plan import Plan, UnitPlacement
 from llmspec.compiler.views import seen, view_of
 
@@ -32,7 +34,8 @@ class Lowered:
 
 def lower(graph: ModelGraph, plan: Plan) -> Lowered:
     """Apply the passes in order: split tokens over context ranks and experts over expert ranks,
-    shard over the tensor axis; stages and recomputation are the plan's.
+    shard over the tensor axis, mark what a split backward leaves for later; stages and
+    recomputation are the plan's.
 
     Errors: InternalError when plan and graph do not belong together.
     """
@@ -45,4 +48,7 @@ def lower(graph: ModelGraph, plan: Plan) -> Lowered:
         for name, unit in graph.units.items()
     }
     units = {name: shard_unit(unit, placements[name], ranks) for name, unit in graph.units.items()}
+    if len(plan.stages) > 1 and Schedule(plan.schedule).splits:
+        for unit in units.values():
+            leave_weights_for_later(unit)
     return Lowered(plan=plan, model=model, whole=graph, units=units, placements=placements)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from llmspec.compiler.orders import Action, Order, Schedule, order, rank_of, rounds, stages_of
 
 __all__ = [
+    "COMPUTES",
     "Action",
     "Held",
     "Schedule",
@@ -23,6 +24,10 @@ __all__ = [
     "rank_of",
     "stages_of",
 ]
+
+
+COMPUTES = ("F", "B", "I", "W")
+"""Kinds of actions that take a rank's time; the others move values, or wait for them."""
 
 
 def parse_action(word: str) -> Action:

@@ -416,6 +416,17 @@ class PlanRow:
     meaning: bool = True
 
 
+STAGES_ON_A_RANK: dict[str, tuple[int, int | None]] = {
+    "gpipe": (1, 1),
+    "1f1b": (1, 1),
+    "interleaved": (2, None),
+    "zero_bubble": (1, None),
+    "zbv": (2, 2),
+    "dualpipev": (2, 2),
+}
+"""Schedule to the fewest and the most stages that it takes on each pipeline rank."""
+
+
 PLAN = {
     row.name: row
     for row in (
@@ -428,12 +439,11 @@ PLAN = {
         PlanRow(name="context_style", least=None, words=("ring", "ulysses", "gather")),
         PlanRow(name="expert"),
         PlanRow(name="pipeline"),
-        PlanRow(name="interleave", now=(1,)),
+        PlanRow(name="interleave"),
         PlanRow(
             name="schedule",
             least=None,
-            words=("gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"),
-            now=("gpipe", "1f1b"),
+            words=tuple(STAGES_ON_A_RANK),
         ),
         PlanRow(name="stages", least=None),
         PlanRow(name="microbatch"),

@@ -10,7 +10,7 @@ from llmspec.dsl import syntax
 from llmspec.dsl.diagnostics import Fault, SpecError, did_you_mean, fault, listing
 from llmspec.dsl.expert_pins import experts_are_shared
 from llmspec.dsl.hardware import unknown_key
-from llmspec.dsl.options import PLAN, PlanRow
+from llmspec.dsl.options import PLAN, STAGES_ON_A_RANK, PlanRow
 from llmspec.dsl.parameters import count_blocks, operators_of
 from llmspec.dsl.parse import parse
 from llmspec.dsl.program import AnyModel, Cluster, Constraint, Model, Option, Relation, Span, Train
@@ -292,13 +292,65 @@ def stages_cut_blocks(pins: Pins) -> None:
     total = sum(n for n in cut if isinstance(n, int))
     if total != blocks:
         raise fault("E0406", f"the stages hold {total} blocks, the model has {blocks}", stages.span)
-    if pin and ranks != len(cut):
+    each = pins.number("interleave")
+    if pin and ranks and (len(cut) % ranks or (each and len(cut) != ranks * each)):
+        on_each = f" with {each} stages each" if each and each > 1 else ""
         raise fault(
             "E0406",
-            f"{len(cut)} stages for {ranks} pipeline ranks",
+            f"{len(cut)} stages for {ranks} pipeline ranks{on_each}",
             stages.span,
-            secondary=((pin.span, "pinned here"),),
+            secondary=[(s, "pinned here") for s in pins.spans(["pipeline", "interleave"])],
         )
+
+
+def blocks_fill_stages(pins: Pins) -> None:
+    ranks, each = pins.number("pipeline"), pins.number("interleave")
+    pin = pins.pinned("interleave")
+    if not (isinstance(pins.model, Model) and ranks and each and pin):
+        return
+    blocks = count_blocks(pins.model)
+    if each > 1 and ranks * each > blocks:
+        raise fault(
+            "E0405",
+            f"{ranks} pipeline ranks with {each} stages each cannot share {blocks} blocks",
+            pin.span,
+            "every stage holds at least one block",
+            secondary=[(s, "pinned here") for s in pins.spans(["pipeline"])],
+        )
+
+
+def schedule_takes_stages(pins: Pins) -> None:
+    """How many stages a rank has: pinned, or what the cuts and the ranks say."""
+    schedule, ranks = pins.pinned("schedule"), pins.number("pipeline")
+    each, said = pins.number("interleave"), pins.pinned("interleave")
+    cuts = pins.pinned("stages")
+    if each is None and cuts and ranks and isinstance(cuts.values[0], tuple):
+        each, said = len(cuts.values[0]) // ranks, cuts
+    if each is None or said is None:
+        return
+    if ranks == 1 and each > 1:
+        raise fault(
+            "E0407",
+            f"{each} stages on each rank of a pipeline, and there is one rank",
+            said.span,
+            secondary=[(s, "pinned here") for s in pins.spans(["pipeline"])],
+        )
+    if schedule is None or (ranks == 1 and each == 1):
+        return
+    name = str(schedule.values[0])
+    fewest, most = STAGES_ON_A_RANK[name]
+    if each >= fewest and (most is None or each <= most):
+        return
+    wanted = str(fewest) if fewest == most else f"at least {fewest}"
+    fitting = [w for w, (low, high) in STAGES_ON_A_RANK.items() if low <= each <= (high or each)]
+    raise fault(
+        "E0407",
+        f"`schedule = {name}` needs {wanted} stage{'s' * (fewest > 1)} on each pipeline rank, "
+        f"not {each}",
+        said.span,
+        secondary=((schedule.span, "pinned here"),),
+        helps=(f"use `interleave = {fewest}`, or " + listing(f"schedule = {w}" for w in fitting),),
+    )
 
 
 def shards_are_data(pins: Pins) -> None:
@@ -506,6 +558,8 @@ RULES: tuple[Callable[[Pins], None], ...] = (
     experts_are_shared,
     axes_fill_world,
     stages_cut_blocks,
+    blocks_fill_stages,
+    schedule_takes_stages,
     shards_are_data,
     zero_needs_ranks,
     sequence_needs_tensor,

@@ -4,7 +4,8 @@ hides."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 from llmspec.compiler.cost.hardware import Machine
 from llmspec.compiler.cost.network import Group, collective_s, exposed_s
@@ -49,6 +50,15 @@ class DataCost:
 
 
 NOTHING = DataCost()
+
+
+def added(costs: Sequence[DataCost]) -> DataCost:
+    """Of several stages of one rank."""
+    if len(costs) == 1:
+        return costs[0]
+    names = [f.name for f in fields(DataCost) if f.name != "sends"]
+    sends = tuple(send for cost in costs for send in cost.sends)
+    return DataCost(sends=sends, **{n: sum(getattr(c, n) for c in costs) for n in names})
 
 
 @dataclass(frozen=True, slots=True)

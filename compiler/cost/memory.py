@@ -35,17 +35,20 @@ class Residence:
     """What decides how long and in how many pieces things live.
 
     shards, expert_shards: into how many parts ZeRO cuts what all data ranks have, and experts.
-    in_flight: micro-batches whose activations a stage holds at once.
+    in_flight: micro-batches whose activations a stage holds at once; of several stages or a split
+        backward, what is held in units of one micro-batch on all of them.
     sends_on: the stage's output goes to another rank, and is kept for its backward.
     receives: its input comes from one.
+    split: backwards are in two parts; gradients of the first are whole until the second.
     """
 
     zero: int
     data: int
     shards: int
     microbatches: int
-    in_flight: int
+    in_flight: float
     sends_on: bool
+    split: bool = False
     expert_shards: int = 1
     receives: bool = False
 
@@ -67,7 +70,7 @@ def ledger(stage: Stage, home: Residence, types: Types, machine: Machine) -> Led
     cast = types.compute if types.mixed and home.zero == 0 else 0
     of_experts = types.compute if types.mixed and not home.gathers_experts else 0
     kept = stage.kept_bytes(cast, of_experts) + (stage.output_bytes if home.sends_on else 0)
-    activations = home.in_flight * kept + stage.recomputed_bytes(cast, of_experts)
+    activations = round(home.in_flight * kept) + stage.recomputed_bytes(cast, of_experts)
     gradients = _gradient_bytes(stage, home, types)
     if home.zero == 0 and home.data == 1 and home.microbatches == 1:
         activations, gradients = _walk(stage, types, cast)
@@ -88,7 +91,7 @@ def _gradient_bytes(stage: Stage, home: Residence, types: Types) -> int:
         return types.gradients * stage.elements
     part = types.gradients * home.parts.largest(stage.elements, stage.expert_elements)
     if home.zero > 1 or home.microbatches == 1:
-        return part
+        return part + (types.reduced * stage.early_elements if home.split else 0)
     summed = stage.elements if home.gathers_experts else stage.elements - stage.expert_elements
     return types.reduced * summed + part
 

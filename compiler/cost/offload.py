@@ -83,11 +83,12 @@ def host_ledger(stage: Stage, home: Residence, types: Types, offload: Offload) -
     weights, moments = types.weights * elements, types.moments * elements
     kept = 0
     if ACTIVATIONS in offload:
-        kept = home.in_flight * sum(
+        of_one = sum(
             r.count * (r.cost.input_host_bytes if r.recompute else r.cost.away_host_bytes)
             for r in stage.runs
             if r.block
         )
+        kept = round(home.in_flight * of_one)
     if PARAMETERS in offload:
         gradients = types.gradients * elements
         return HostLedger(
@@ -156,7 +157,7 @@ def _activations(stage: Stage, home: Residence, types: Types) -> tuple[int, int]
         before = use.away and coming
         made += use.gradients * types.gradients if alone else 0
     worst = max(worst, (made, 0, made))
-    return (home.in_flight - 1) * stays + boundary + worst[1], worst[2]
+    return round((home.in_flight - 1) * stays) + boundary + worst[1], worst[2]
 
 
 @dataclass(frozen=True, slots=True)

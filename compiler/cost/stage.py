@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -86,6 +87,21 @@ class Stage:
     @cached_property
     def whole_backward_s(self) -> float:
         return self._sum("whole_backward_s") + self._again("whole_forward_s")
+
+    @cached_property
+    def late_s(self) -> float:
+        """Of the backward, what a split one leaves for later."""
+        return sum(r.count * r.cost.late.seconds for r in self.runs)
+
+    @cached_property
+    def late_bytes(self) -> int:
+        """What is kept of one micro-batch between the two parts of a split backward."""
+        return sum(r.count * r.cost.late.size_bytes for r in self.runs)
+
+    @cached_property
+    def early_elements(self) -> int:
+        """Of parameters whose gradients are whole before the second part."""
+        return sum(r.count * r.cost.late.early_elements for r in self.runs)
 
     @cached_property
     def busy_s(self) -> float:
@@ -176,6 +192,14 @@ class Stage:
         """What the one block that is being recomputed keeps meanwhile."""
         again = (r.cost for r in self.runs if r.recompute)
         return max((_kept(c, cast_bytes, expert_cast_bytes) for c in again), default=0)
+
+
+def together(stages: Sequence[Stage]) -> Stage:
+    """What one rank runs, as one stage."""
+    if len(stages) == 1:
+        return stages[0]
+    runs = tuple(run for stage in stages for run in stage.runs)
+    return Stage(runs, sum(stage.tied_elements for stage in stages))
 
 
 def _kept(cost: UnitCost, cast_bytes: int, expert_cast_bytes: int | None) -> int:

@@ -93,22 +93,16 @@ def durations(stage: Stage, data: DataCost) -> tuple[float, float]:
     )
 
 
-def makespan_s(
-    spent: Sequence[tuple[float, float]], microbatches: int, send_s: float
-) -> tuple[float, float]:
-    """(seconds without messages, seconds that messages add) of GPipe and 1F1B in closed form: every
-    stage once, and the slowest for each further micro-batch."""
-    both = [f + b for f, b in spent]
-    return sum(both) + (microbatches - 1) * max(both), 2 * (len(spent) - 1) * send_s
-
-
 def played_s(
-    lists: Mapping[int, Sequence[str]], spent: Sequence[tuple[float, float]], send_s: float
+    lists: Mapping[int, Sequence[str]],
+    spent: Sequence[tuple[float, float]],
+    send_s: float,
+    late_s: Sequence[float] = (),
 ) -> tuple[float, float]:
-    """The same from the very action lists that the runtime executes."""
+    """What `makespan_s` gives, from the very action lists that the runtime executes."""
     forward, backward = [f for f, _ in spent], [b for _, b in spent]
-    bare = play_s(lists, forward, backward, 0.0)
-    return bare, play_s(lists, forward, backward, send_s) - bare
+    bare = play_s(lists, forward, backward, 0.0, late_s)
+    return bare, play_s(lists, forward, backward, send_s, late_s) - bare
 
 
 def step_times(

@@ -10,6 +10,7 @@ from torch import fx
 
 from llmspec.compiler.cost.compute import OperatorCost, is_integer, local_shapes, operator_cost
 from llmspec.compiler.cost.hardware import Machine
+from llmspec.compiler.cost.late import NOTHING_LATE, Late, late_of
 from llmspec.compiler.cost.network import Group, collective_s, exposed_s
 from llmspec.compiler.graph import Unit
 from llmspec.compiler.ops.registry import (
@@ -176,6 +177,8 @@ class UnitCost:
     expert_cast_elements: int = 0
     largest_elements: int = 0
     tied_elements: int = 0
+    late: Late = NOTHING_LATE
+    """What a split backward leaves for later."""
     sends: tuple[tuple[str, str, int, int, int], ...] = ()
     """(axis, kind, bytes of the whole value, how often forward, how often backward)."""
 
@@ -261,6 +264,21 @@ class _Tally:
             self.sends["tensor", str(made.backward), made.size_bytes, False] += 1
             found.append(made)
         return found
+
+    def late(self, costs: list[OperatorCost], elements: Mapping[str, int]) -> Late:
+        def state(node: fx.Node, i: int | None) -> tuple[fx.Node, State]:
+            choice = self.layout.choices[node]
+            if i is None:
+                return node, choice.result
+            return tensor_operands(node)[i], choice.operands[i]
+
+        return late_of(
+            self.unit,
+            {n: c.backward_s for n, c in zip(self.unit.calls(), costs, strict=True)},
+            elements,
+            storage=lambda node, i: storage(self.layout, *state(node, i)),
+            bytes_of=lambda node, i: self.bytes_of(*state(node, i)),
+        )
 
     def bytes_of(self, node: fx.Node, state: State) -> int:
         return self.width * numel(local_shape(shape_of(node), state, self.where.ranks))
@@ -353,6 +371,7 @@ def unit_cost(
         expert_cast_elements=_of_experts(unit, cast),
         largest_elements=max(elements.values(), default=0),
         tied_elements=sum(elements.values()) - sum(own.values()),
+        late=tally.late(costs, elements),
         sends=_by_size(tally.sends),
     )
 

@@ -255,7 +255,9 @@ class Printer:
         product = self._biased(node)
         if product is not None:
             parts = (*product.args, node.args[1])
-            return f"F.linear({', '.join(self._argument(a) for a in parts)})"
+            made = linear.printed_product(product, *map(self._argument, parts))
+            self.imports.update(made.imports)
+            return made.text
         local = node.meta.get("localised", Localised())
         printed = entry_of(node).render(node, [self._argument(a) for a in node.args], local)
         self.imports.update(printed.imports)

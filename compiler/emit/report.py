@@ -21,6 +21,7 @@ from llmspec.compiler.ops.collective import Move, is_collective, sends
 from llmspec.compiler.ops.registry import entry_of
 from llmspec.compiler.placement import Collective
 from llmspec.compiler.plan import Plan
+from llmspec.compiler.schedules import COMPUTES
 from llmspec.dsl.program import Program
 
 WIDTH = 960
@@ -100,19 +101,26 @@ def stacked(
 
 
 def memory_rows(known: Forecast, budget_bytes: int) -> tuple[Row, ...]:
-    """One bar a stage; the budget is the mark."""
+    """One bar a pipeline rank; the budget is the mark."""
     longest = max(budget_bytes, *(s.memory.total for s in known.stages))
     scale = WIDTH / longest
-    return tuple(
-        Row(
-            title=f"stage {i}, {plural(stage.blocks, 'block')}" if i or known.stages[1:] else "",
-            total=stage.memory.total,
-            text=in_bytes(stage.memory.total),
-            bars=stacked(stage.memory.parts(), scale, in_bytes),
-            mark=rounded(budget_bytes * scale),
+    rows = []
+    for rank in sorted({stage.rank for stage in known.stages}):
+        own = [i for i, stage in enumerate(known.stages) if stage.rank == rank]
+        memory, blocks = known.stages[own[0]].memory, sum(known.stages[i].blocks for i in own)
+        named = "stage" if len(own) == 1 else "stages"
+        rows.append(
+            Row(
+                title=f"{named} {', '.join(map(str, own))}, {plural(blocks, 'block')}"
+                if known.stages[1:]
+                else "",
+                total=memory.total,
+                text=in_bytes(memory.total),
+                bars=stacked(memory.parts(), scale, in_bytes),
+                mark=rounded(budget_bytes * scale),
+            )
         )
-        for i, stage in enumerate(known.stages)
-    )
+    return tuple(rows)
 
 
 def time_row(parts: dict[str, float]) -> Row:
@@ -140,6 +148,7 @@ class Lane:
     y: int
     forward: str
     backward: str
+    late: str
     numbers: tuple[tuple[float, int], ...]
 
 
@@ -167,7 +176,7 @@ def timeline(plan: Plan, known: Forecast) -> Timeline:
                 for e in own
                 if e.kind == kind
             )
-            for kind in ("F", "B")
+            for kind in COMPUTES
         }
         numbers = tuple(
             (rounded((e.start_s + e.stop_s) / 2 * scale), e.microbatch)
@@ -175,7 +184,14 @@ def timeline(plan: Plan, known: Forecast) -> Timeline:
             if (e.stop_s - e.start_s) * scale > 14
         )
         lanes.append(
-            Lane(name=f"rank {rank}", y=y, forward=paths["F"], backward=paths["B"], numbers=numbers)
+            Lane(
+                name=f"rank {rank}",
+                y=y,
+                forward=paths["F"],
+                backward=paths["B"] + paths["I"],
+                late=paths["W"],
+                numbers=numbers,
+            )
         )
     return Timeline(lanes=tuple(lanes), total_s=end, text=seconds(end), height=len(lists) * LANE)
 
@@ -333,6 +349,7 @@ def print_report(program: Program, lowered: Lowered) -> str:
         "budget_bytes": program.budget.memory_bytes,
         "time": time_row(predicted["time_s"]),
         "timeline": timeline(plan, known),
+        "splits": any(stage.late_s for stage in known.stages),
         "lane": LANE,
         "stages": known.stages,
         "send_s": known.send_s,

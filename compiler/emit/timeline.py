@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmspec.compiler.cost.memory import Ledger, Residence
+from llmspec.compiler.cost.memory import Ledger
 from llmspec.compiler.cost.network import group, inner_groups, send_s
 from llmspec.compiler.cost.offload import ledgers
 from llmspec.compiler.cost.stage import Stage
 from llmspec.compiler.cost.step import durations
 from llmspec.compiler.graph import ModelGraph
 from llmspec.compiler.plan import Plan
-from llmspec.compiler.schedules import Action, Schedule, parse_action
+from llmspec.compiler.schedules import COMPUTES, Action, Schedule, parse_action, rank_of
 from llmspec.compiler.search.meshes import Grid
 from llmspec.compiler.search.options import TensorOption
 from llmspec.compiler.search.predicted import plan_object, predicted_object
@@ -27,13 +27,15 @@ from llmspec.dsl.program import Program
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageForecast:
-    """One pipeline stage: blocks it holds, memory of one of its ranks, seconds of one
-    micro-batch."""
+    """One pipeline stage: blocks it holds, the pipeline rank that runs it and that rank's memory,
+    seconds of one micro-batch. late_s: of the backward, what comes later where it is split."""
 
     blocks: int
     memory: Ledger
     forward_s: float
     backward_s: float
+    rank: int = 0
+    late_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +51,8 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A forward ("F") or backward ("B") of one micro-batch, on the rank of its stage."""
+    """A forward ("F") or backward ("B", or its parts "I" and "W") of one micro-batch, on the rank
+    of its stage."""
 
     rank: int
     kind: str
@@ -65,18 +68,25 @@ def forecast(program: Program, plan: Plan, graph: ModelGraph) -> Forecast:
     stages = [space.stage(shape, a, b) for a, b in shape.cut]
     data = space.data_costs(shape, stages, plan.zero, plan.mesh.shards, plan.offload)
     starts = [i for i, instance in enumerate(graph.instances) if instance.prefix]
+    schedule, ranks = Schedule(plan.schedule), plan.mesh.pipeline
+    plain = space.residence(shape, plan.zero, plan.mesh.shards)
+    memory = [
+        ledgers(holder.stage, holder.home(plain), space.types, space.machine, plan.offload)[0]
+        for holder in space.holders(shape, stages, plan.zero, schedule)
+    ]
     found = []
     for index, (stage, cost) in enumerate(zip(stages, data, strict=True)):
         forward, backward = durations(stage, cost)
-        home = _residence(plan, index)
-        memory, _ = ledgers(stage, home, space.types, space.machine, plan.offload)
         first, stop = shape.cut[index]
+        rank = rank_of(schedule, index, ranks)
         found.append(
             StageForecast(
                 blocks=sum(first <= i < stop for i in starts),
-                memory=memory,
+                memory=memory[rank],
                 forward_s=forward,
                 backward_s=backward,
+                rank=rank,
+                late_s=stage.late_s if schedule.splits else 0.0,
             )
         )
     message = max((s.output_bytes for s in stages[:-1]), default=0)
@@ -132,20 +142,6 @@ def _shape(space: Space, plan: Plan) -> Shape:
     )
 
 
-def _residence(plan: Plan, index: int) -> Residence:
-    pipeline, count = plan.mesh.pipeline, plan.microbatches
-    every = plan.schedule == Schedule.GPIPE and pipeline > 1
-    return Residence(
-        zero=plan.zero,
-        data=plan.mesh.data * plan.mesh.context,
-        shards=plan.mesh.shards * plan.mesh.context,
-        microbatches=count,
-        in_flight=count if every else min(count, pipeline - index),
-        sends_on=index < pipeline - 1,
-        receives=index > 0,
-    )
-
-
 # --------------------------------------------------------------------------------------------------
 # Playing the action lists
 
@@ -155,7 +151,7 @@ def computing(plan: Plan) -> list[list[Action]]:
     if not plan.actions:
         turns = range(plan.microbatches)
         return [[Action(0, kind, m) for m in turns for kind in ("F", "B")]]
-    return [[a for a in map(parse_action, row) if a.kind in ("F", "B")] for row in plan.actions]
+    return [[a for a in map(parse_action, row) if a.kind in COMPUTES] for row in plan.actions]
 
 
 def play(lists: Sequence[Sequence[Action]], known: Forecast) -> list[Event]:
@@ -178,7 +174,8 @@ def play(lists: Sequence[Sequence[Action]], known: Forecast) -> list[Event]:
                 event = _event(action, rank, max(clock[rank], ready), known)
                 events.append(event)
                 clock[rank] = event.stop_s
-                done[action] = rank, event.stop_s
+                made = "B" if action.kind == "I" else action.kind
+                done[action._replace(kind=made)] = rank, event.stop_s
                 position[rank] += 1
         if len(events) == before:
             raise ValueError("the action lists wait for themselves")
@@ -187,7 +184,13 @@ def play(lists: Sequence[Sequence[Action]], known: Forecast) -> list[Event]:
 
 def _event(action: Action, rank: int, start_s: float, known: Forecast) -> Event:
     stage = known.stages[action.stage]
-    spent = stage.forward_s if action.kind == "F" else stage.backward_s
+    seconds = {
+        "F": stage.forward_s,
+        "B": stage.backward_s,
+        "I": stage.backward_s - stage.late_s,
+        "W": stage.late_s,
+    }
+    spent = seconds[action.kind]
     assert action.microbatch is not None, "forwards and backwards have a micro-batch"
     return Event(rank, action.kind, action.microbatch, start_s, start_s + spent)
 
@@ -196,11 +199,13 @@ def _ready_s(
     action: Action, rank: int, done: dict[Action, tuple[int, float]], known: Forecast
 ) -> float | None:
     """When the input is there; None while nobody has made it."""
+    if action.kind == "W":
+        return 0.0
     forward = action.kind == "F"
     source = action.stage + (-1 if forward else 1)
     if not 0 <= source < len(known.stages):
         return 0.0
-    made = done.get(action._replace(stage=source))
+    made = done.get(action._replace(stage=source, kind="F" if forward else "B"))
     if made is None:
         return None
     return made[1] + (known.send_s if made[0] != rank else 0.0)

@@ -10,6 +10,7 @@ from llmspec.compiler.errors import InternalError
 from llmspec.compiler.lower import Lowered
 from llmspec.compiler.ops import routing
 from llmspec.compiler.ops.registry import shape_of
+from llmspec.compiler.orders import Schedule
 from llmspec.compiler.precision import TORCH, WORDS, LossScale, precision_of
 from llmspec.dsl.program import Call, Option, Program
 
@@ -76,6 +77,9 @@ class TrainPrinter:
     def actions(self) -> None:
         self.text.blank()
         self.text.line("# what each pipeline rank does in a step: stage, action, micro-batch")
+        if Schedule(self.plan.schedule).splits:
+            self.text.line("# I: the part of a backward that the stage before waits for; W, when")
+            self.text.line("# there is time, the rest of it: the gradients of matrices")
         if not self.ramp:
             with self.text.block("ACTIONS = {"):
                 self.action_lists(self.plan.actions)
@@ -245,12 +249,14 @@ class TrainPrinter:
     def staged_init(self) -> None:
         t = self.text
         self.imports.add("from runtime.pipeline import Executor")
+        schedule, stages = Schedule(self.plan.schedule), len(self.plan.stages)
         if self.plan.interleave == 1:
             t.line("stages = [mesh.pipeline.rank]")
+        elif schedule.turns:
+            t.line("# the chain goes down the ranks and back up")
+            t.line(f"stages = [mesh.pipeline.rank, {stages - 1} - mesh.pipeline.rank]")
         else:
-            t.line(
-                f"stages = range(mesh.pipeline.rank, {len(self.plan.stages)}, mesh.pipeline.size)"
-            )
+            t.line(f"stages = range(mesh.pipeline.rank, {stages}, mesh.pipeline.size)")
         t.line("models = {stage: Model(mesh, stage) for stage in stages}")
         self.data_moves()
         t.line(f"gradients = {{stage: {self.wrapper('m')} for stage, m in models.items()}}")

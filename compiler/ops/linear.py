@@ -47,12 +47,21 @@ def product_rule(node: fx.Node, weight_dims: str) -> Rule:
     )
 
 
+def printed_product(node: fx.Node, *args: str) -> Printed:
+    """The call of a product: x, weight [O, I], perhaps a bias. PyTorch's own, or where the weight's
+    gradient comes later the runtime's."""
+    if node.meta.get("late"):
+        return Printed(f"linear({', '.join(args)})", (("runtime.split_backward", "linear"),))
+    return Printed(f"F.linear({', '.join(args)})")
+
+
 def _render(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
     x, weight = args
     shape = shape_of(node.args[1])  # type: ignore[arg-type]
     if len(shape) == 2:
-        return Printed(f"F.linear({x}, {weight})")
-    return Printed(f"F.linear({x}, {weight}.flatten(0, 1)).unflatten(-1, ({shape[0]}, -1))")
+        return printed_product(node, x, weight)
+    made = printed_product(node, x, f"{weight}.flatten(0, 1)")
+    return Printed(f"{made.text}.unflatten(-1, ({shape[0]}, -1))", made.imports)
 
 
 def _rule(node: fx.Node) -> Rule:
@@ -72,5 +81,6 @@ LINEAR = register(
         saved=lambda node, shapes: Saved(operands=(0, 1)),
         render=_render,
         contraction=True,
+        late=True,
     )
 )

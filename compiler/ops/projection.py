@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, fx
 
-from llmspec.compiler.ops.linear import product_flops, product_rule
+from llmspec.compiler.ops.linear import printed_product, product_flops, product_rule
 from llmspec.compiler.ops.registry import (
     Entry,
     Localised,
@@ -32,6 +32,11 @@ def _rule(node: fx.Node) -> Rule:
 def _render(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
     x, weight = args
     shape = shape_of(node.args[1])  # type: ignore[arg-type]
+    if node.meta.get("late"):
+        turned = f"{weight}.t()" if len(shape) == 2 else f"{weight}.flatten(1).t()"
+        made = printed_product(node, x, turned)
+        unflatten = "" if len(shape) == 2 else f".unflatten(-1, ({shape[1]}, -1))"
+        return Printed(made.text + unflatten, made.imports)
     if len(shape) == 2:
         return Printed(f"{x} @ {weight}")
     return Printed(f"({x} @ {weight}.flatten(1)).unflatten(-1, ({shape[1]}, -1))")
@@ -46,5 +51,6 @@ register(
         saved=lambda node, shapes: Saved(operands=(0, 1)),
         render=_render,
         contraction=True,
+        late=True,
     )
 )

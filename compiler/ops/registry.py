@@ -218,6 +218,9 @@ class Entry:
     buffers: Callable[[fx.Node, Shapes, int], int] | None = None
     """Bytes that its backward has alive besides its result and the gradients of its operands, in a
     compute type of so many bytes; None: nothing."""
+    late: bool = False
+    """A product of its first operand and a weight, whose gradient a split backward may leave for
+    later: `render` prints the runtime's `linear` where the node is marked so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,6 +284,15 @@ def tensor_operands(node: fx.Node) -> tuple[fx.Node, ...]:
     values).
     """
     return tuple(a for a in node.args if isinstance(a, fx.Node))
+
+
+def late_weight(node: fx.Node) -> fx.Node | None:
+    """The parameter whose gradient a split backward leaves for later, if the node has one."""
+    entry = REGISTRY.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
+    if entry is None or not entry.late:
+        return None
+    weight = tensor_operands(node)[1]
+    return weight if weight.op == "get_attr" else None
 
 
 def shape_of(node: fx.Node) -> Shape:

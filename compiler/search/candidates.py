@@ -18,6 +18,17 @@ Recompute = tuple[tuple[str, str], ...]
 """(unit, "none" | "full") of every unit, in the chain's order."""
 
 
+SIMPLER = (
+    Schedule.ONE_F_ONE_B,
+    Schedule.GPIPE,
+    Schedule.INTERLEAVED,
+    Schedule.ZERO_BUBBLE,
+    Schedule.ZBV,
+    Schedule.DUALPIPEV,
+)
+"""All schedules, the simplest first."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sketch:
     """A mesh and a micro-batch before operators are placed. Bounds as in Outline; 0: not known."""
@@ -90,6 +101,11 @@ class Candidate:
         )
 
     @property
+    def interleave(self) -> int:
+        """Stages on each pipeline rank."""
+        return len(self.shape.cut) // self.shape.grid.pipeline
+
+    @property
     def parts(self) -> int:
         """Into how many parts ZeRO cuts what it shards."""
         return self.shards * self.shape.grid.context if self.zero else 1
@@ -122,7 +138,8 @@ class Candidate:
             -self.shards,
             sum(policy == "full" for _, policy in shape.recompute),
             shape.microbatches,
-            self.schedule is not Schedule.ONE_F_ONE_B,
+            self.interleave,
+            SIMPLER.index(self.schedule),
             shape.option.sequence,
             shape.option.view.style or "",
             shape.option.leaning != "time",

@@ -36,6 +36,7 @@ def families_of(found: Candidate) -> tuple[Family, ...]:
     names.append(("zero", str(found.zero)))
     if mesh.pipeline > 1:
         names.append(("schedule", str(found.schedule)))
+        names.append(("interleave", str(found.interleave)))
     if found.zero:
         names.append(("sharding", "hybrid" if mesh.shards < mesh.data else "full"))
     names += [("offload", word) for word in found.offload or ("none",)]
@@ -70,7 +71,9 @@ def possible_families(outline: Outline, space: Space) -> set[Family]:
         if zero:
             names.add(("sharding", "hybrid" if shards < data else "full"))
     if outline.grid.pipeline > 1:
-        names |= {("schedule", str(s)) for s in space.schedules(outline.grid.pipeline)}
+        for interleave, schedules in space.ways(outline):
+            names.add(("interleave", str(interleave)))
+            names |= {("schedule", str(s)) for s in schedules}
     return names
 
 
@@ -194,7 +197,8 @@ def describe(found: Candidate) -> str:
         words.append(f"tensor {mesh.tensor}")
         words.append("sequence on" if shape.option.sequence else "sequence off")
     if mesh.pipeline > 1:
-        words.append(f"pipeline {mesh.pipeline} ({found.schedule})")
+        each = f", {found.interleave} stages a rank" if found.interleave > 1 else ""
+        words.append(f"pipeline {mesh.pipeline} ({found.schedule}{each})")
     words.append(f"microbatch {shape.microbatch} x {shape.microbatches}")
     if any(policy == "full" for _, policy in shape.recompute):
         words.append("recompute full")

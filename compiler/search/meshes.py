@@ -55,7 +55,7 @@ def grids(
         for pipeline in pins.allowed("pipeline", divisors(world // tensor)):
             if pipeline > blocks:
                 continue
-            if pinned is not None and len(pinned) != pipeline:
+            if pinned is not None and len(pinned) % pipeline:
                 continue
             for context in pins.allowed("context", contexts):
                 data, rest = divmod(world // tensor // pipeline, context)

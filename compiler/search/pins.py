@@ -11,7 +11,6 @@ from llmspec.compiler.errors import Unsupported
 from llmspec.dsl.program import Constraint, Option, Program, Relation
 
 ONLY: dict[str, tuple[Option, ...]] = {
-    "interleave": (1,),
     "kernels": ("eager",),
 }
 """Keys whose value the search does not choose yet, and what they may say."""
@@ -26,6 +25,7 @@ SEARCHED = (
     "expert",
     "sequence",
     "pipeline",
+    "interleave",
     "schedule",
     "stages",
     "microbatch",

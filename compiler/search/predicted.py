@@ -9,6 +9,7 @@ from typing import Any
 
 from llmspec.compiler.cost.stage import Stage
 from llmspec.compiler.placement import Collective
+from llmspec.compiler.schedules import stages_of
 from llmspec.compiler.search.candidates import Candidate
 from llmspec.compiler.search.critical_batch import batch_object
 from llmspec.compiler.search.space import Space
@@ -66,7 +67,7 @@ def plan_object(space: Space, found: Candidate) -> Number:
         "context_style": shape.option.view.style,
         "expert": mesh.expert,
         "pipeline": mesh.pipeline,
-        "interleave": 1,
+        "interleave": found.interleave,
         "schedule": str(found.schedule) if mesh.pipeline > 1 else None,
         "stages": blocks,
         "microbatch": shape.microbatch,
@@ -155,9 +156,11 @@ def ramp_stage(space: Space, found: Candidate, steps: int, sequences: int) -> Nu
 
 
 def collectives(space: Space, found: Candidate, stages: list[Stage]) -> list[Number]:
-    """What one rank of the busiest stage sends in a step."""
-    busiest = max(range(len(stages)), key=lambda i: stages[i].busy_s)
-    stage, shape, mesh = stages[busiest], found.shape, found.mesh
+    """What one rank sends in a step, of those on the pipeline's busiest place."""
+    shape, mesh, schedule = found.shape, found.mesh, found.schedule
+    ranks = space.by_ranks(shape, stages, schedule)
+    busiest = max(range(len(ranks)), key=lambda i: ranks[i].busy_s)
+    stage = ranks[busiest]
     counted: Counter[tuple[str, str, int, int]] = Counter()
     for run in stage.runs:
         again = 2 if run.recompute else 1
@@ -169,20 +172,22 @@ def collectives(space: Space, found: Candidate, stages: list[Stage]) -> list[Num
     if mesh.tensor > 1 and summed:
         size = space.types.reduced * summed
         counted[str(Collective.ALL_REDUCE), "tensor", mesh.tensor, size] += 1
-    data = space.data_costs(shape, stages, found.zero, found.shards, found.offload)[busiest]
+    data = space.data_costs(shape, stages, found.zero, found.shards, found.offload)
     sizes = {
         "shards": mesh.shards * mesh.context,
         "replicas": mesh.replicas,
         "data": mesh.data * mesh.context,
         "expert_data": mesh.expert_data,
     }
-    for kind, axis, size, often in data.sends:
+    for kind, axis, size, often in space.rank_data_costs(shape, data, schedule)[busiest].sends:
         counted[kind, axis, sizes[axis], size] += often
     if mesh.pipeline > 1:
         message = max(s.output_bytes for s in stages[:-1])
-        ends = (busiest > 0) + (busiest < mesh.pipeline - 1)
+        own = stages_of(schedule, busiest, len(stages), mesh.pipeline)
+        others = set(range(len(stages))) - set(own)
+        ends = sum((s + 1 in others) + (s - 1 in others) for s in own)
         counted["send", "pipeline", mesh.pipeline, message] += ends * shape.microbatches
-        shared, _ = space.shared_weights(stages, mesh, parts.shared)
+        shared, _ = space.shared_weights(stages, mesh, parts.shared, schedule)
         if shared:
             counted[str(Collective.ALL_REDUCE), "pipeline", 2, shared] += 1
     return [

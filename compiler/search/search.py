@@ -144,7 +144,9 @@ def plan_of(space: Space, winner: Candidate, considered: int, fit: int) -> Plan:
     if mesh.pipeline > 1:
         smaller = [size // mesh.data // shape.microbatch for _, size in program.train.ramp_stages]
         for count in (*smaller, shape.microbatches):
-            made = space.action_lists(winner.schedule, mesh.pipeline, count, winner.zero)
+            made = space.action_lists(
+                winner.schedule, len(shape.cut), mesh.pipeline, count, winner.zero
+            )
             lists[count] = tuple(made[rank] for rank in sorted(made))
     return Plan(
         # not the way to it: emitted bytes must not depend on where the compiler is called

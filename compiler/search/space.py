@@ -8,7 +8,8 @@ from functools import cached_property
 from itertools import product
 from math import gcd
 
-from llmspec.compiler.cost.data import DataCost, DataGroups, data_cost
+from llmspec.compiler.cost.closed import makespan_s
+from llmspec.compiler.cost.data import DataCost, DataGroups, added, data_cost
 from llmspec.compiler.cost.hardware import Machine, machine_of
 from llmspec.compiler.cost.memory import Ledger, Residence
 from llmspec.compiler.cost.network import (
@@ -22,7 +23,6 @@ from llmspec.compiler.cost.network import (
 )
 from llmspec.compiler.cost.offload import (
     ACTIVATIONS,
-    NO_HOST,
     OPTIMIZER,
     PARAMETERS,
     HostLedger,
@@ -32,11 +32,11 @@ from llmspec.compiler.cost.offload import (
     ledgers,
 )
 from llmspec.compiler.cost.offload import CHOICES as OFFLOADS
+from llmspec.compiler.cost.rank import Holder, fullest, holders, run_by_ranks
 from llmspec.compiler.cost.stage import Run, Stage
 from llmspec.compiler.cost.step import (
     Times,
     durations,
-    makespan_s,
     played_s,
     step_times,
     tail,
@@ -48,8 +48,8 @@ from llmspec.compiler.passes.context import possible_styles
 from llmspec.compiler.passes.experts import expert_divisor
 from llmspec.compiler.placement import Collective
 from llmspec.compiler.plan import MeshSizes
-from llmspec.compiler.schedules import Schedule, actions
-from llmspec.compiler.search.candidates import Candidate, Outline, Recompute, Shape, Sketch
+from llmspec.compiler.schedules import Schedule, actions, stages_of
+from llmspec.compiler.search.candidates import SIMPLER, Candidate, Outline, Recompute, Shape, Sketch
 from llmspec.compiler.search.meshes import Grid, divisors, grids, shardings
 from llmspec.compiler.search.options import TensorOption, seen_as, tensor_options
 from llmspec.compiler.search.pins import Pins
@@ -59,6 +59,9 @@ from llmspec.dsl.program import Program
 
 FEWEST_TOKENS = 1024
 """That a context rank holds unless the spec speaks of context ranks itself."""
+
+INTERLEAVES = (1, 2, 3, 4, 6, 8)
+"""Stages on each rank that are tried unless the spec speaks of them."""
 
 Operators = tuple[str, ...]
 """The names of all operators of a graph."""
@@ -88,6 +91,8 @@ class Space:
     """Whether plans without offload have been looked at already."""
     host_needed: dict[int, int] = field(default_factory=dict)
     """The least host memory of a rank among the plans that had too little, by 0."""
+    runs: dict[tuple[object, ...], list[Stage]] = field(default_factory=dict)
+    held: dict[tuple[object, ...], list[Holder]] = field(default_factory=dict)
 
     @staticmethod
     def of(program: Program, build: Build) -> Space:
@@ -221,11 +226,23 @@ class Space:
             if not (free and gcd(size, grid.context) > 1):
                 yield size, rank // size
 
-    def schedules(self, pipeline: int) -> list[Schedule]:
+    def interleaves(self, pipeline: int) -> list[int]:
+        """Stages on each rank."""
+        pinned = self.pins.stage_blocks()
+        tried = [v for v in range(1, self.blocks // pipeline + 1) if v in INTERLEAVES]
+        if self.pins.about("interleave") or pinned is not None:
+            tried = list(range(1, self.blocks // pipeline + 1))
+        if pipeline == 1:
+            tried = [1]
+        if pinned is not None:
+            tried = [v for v in tried if v * pipeline == len(pinned)]
+        return self.pins.allowed("interleave", tried)
+
+    def schedules(self, pipeline: int, interleave: int = 1) -> list[Schedule]:
         if pipeline == 1:
             return [Schedule.ONE_F_ONE_B]
-        both = (Schedule.ONE_F_ONE_B, Schedule.GPIPE)
-        return [s for s in both if self.pins.allows("schedule", str(s))]
+        fitting = (s for s in SIMPLER if s.allows(interleave))
+        return [s for s in fitting if self.pins.allows("schedule", str(s))]
 
     # -- prices
 
@@ -246,9 +263,15 @@ class Space:
         return self.unit_costs[key]
 
     def cuts(
-        self, option: TensorOption, microbatch: int, recompute: Recompute, pipeline: int
+        self,
+        option: TensorOption,
+        microbatch: int,
+        recompute: Recompute,
+        pipeline: int,
+        interleave: int = 1,
     ) -> list[Cut]:
-        """The fastest cut, and one that evens out what 1F1B's stages hold."""
+        """The fastest cut; with one stage on each rank also one that evens out what 1F1B's stages
+        hold. Several are so small that their ranks hold much the same."""
         graph = self.graph(1)
         if pipeline == 1:
             return [((0, len(graph.instances)),)]
@@ -256,8 +279,10 @@ class Space:
         if pinned is not None:
             return [cut_at(graph, pinned)] if sum(pinned) == self.blocks else []
         times, held = self._block_weights(option, microbatch, recompute)
-        in_flight = [float(pipeline - s) for s in range(pipeline)]
-        ways = [balanced(times, pipeline), balanced(held, pipeline, in_flight)]
+        ways = [balanced(times, pipeline * interleave)]
+        if interleave == 1:
+            in_flight = [float(pipeline - s) for s in range(pipeline)]
+            ways.append(balanced(held, pipeline, in_flight))
         return [cut_at(graph, blocks) for blocks in dict.fromkeys(ways)]
 
     def _block_weights(
@@ -320,6 +345,34 @@ class Space:
             tensor=grid.tensor,
         )
 
+    def holders(
+        self, shape: Shape, stages: list[Stage], zero: int, schedule: Schedule
+    ) -> list[Holder]:
+        """Every rank, as the ledger sees it."""
+        cast = self.types.compute if self.types.mixed and zero == 0 else 0
+        return holders(schedule, stages, shape.grid.pipeline, shape.microbatches, cast)
+
+    def _fullest(
+        self, shape: Shape, stages: list[Stage], zero: int, schedule: Schedule
+    ) -> list[Holder]:
+        ids = tuple(id(stage) for stage in stages)
+        key = (schedule, ids, shape.grid.pipeline, shape.microbatches, zero == 0)
+        if key not in self.held:
+            self.held[key] = fullest(self.holders(shape, stages, zero, schedule))
+        return self.held[key]
+
+    def residence(self, shape: Shape, zero: int, shards: int) -> Residence:
+        """But for what a rank has in flight."""
+        return Residence(
+            zero=zero,
+            data=shape.grid.data * shape.grid.context,
+            shards=shards * shape.grid.context,
+            expert_shards=shape.grid.parts(zero, shards).experts,
+            microbatches=shape.microbatches,
+            in_flight=1,
+            sends_on=False,
+        )
+
     def worst_ledger(
         self,
         shape: Shape,
@@ -329,34 +382,34 @@ class Space:
         schedule: Schedule,
         offload: Offload = (),
     ) -> tuple[Ledger, HostLedger]:
-        """Of the fullest rank, and of the one with most in host memory. Equal stages differ by
-        what is in flight, most on the first of them."""
-        pipeline, count = shape.grid.pipeline, shape.microbatches
-        seen: set[int] = set()
-        worst: Ledger | None = None
-        host = NO_HOST
-        for index, stage in enumerate(stages):
-            if id(stage) in seen:
-                continue
-            seen.add(id(stage))
-            home = Residence(
-                zero=zero,
-                data=shape.grid.data * shape.grid.context,
-                shards=shards * shape.grid.context,
-                expert_shards=shape.grid.parts(zero, shards).experts,
-                microbatches=count,
-                in_flight=count
-                if schedule is Schedule.GPIPE and pipeline > 1
-                else min(count, pipeline - index),
-                sends_on=index < pipeline - 1,
-                receives=index > 0,
-            )
-            made, there = ledgers(stage, home, self.types, self.machine, offload)
-            host = max(host, there, key=lambda h: h.total)
-            if worst is None or made.total > worst.total:
-                worst = made
-        assert worst is not None, "a plan has at least one stage"
-        return worst, host
+        """Of the fullest rank, and of the one with most in host memory. Ranks with equal stages
+        differ by what is in flight."""
+        plain = self.residence(shape, zero, shards)
+        found = [
+            ledgers(holder.stage, holder.home(plain), self.types, self.machine, offload)
+            for holder in self._fullest(shape, stages, zero, schedule)
+        ]
+        worst = max((made for made, _ in found), key=lambda made: made.total)
+        return worst, max((host for _, host in found), key=lambda host: host.total)
+
+    def by_ranks(self, shape: Shape, stages: list[Stage], schedule: Schedule) -> list[Stage]:
+        """What each rank runs, as one stage."""
+        if len(stages) == shape.grid.pipeline:
+            return stages
+        key = (tuple(id(s) for s in stages), shape.grid.pipeline, schedule.turns)
+        if key not in self.runs:
+            self.runs[key] = run_by_ranks(schedule, stages, shape.grid.pipeline)
+        return self.runs[key]
+
+    def rank_data_costs(
+        self, shape: Shape, data: list[DataCost], schedule: Schedule
+    ) -> list[DataCost]:
+        """What each rank's stages cost the data axes."""
+        ranks = shape.grid.pipeline
+        if len(data) == ranks:
+            return data
+        own = (stages_of(schedule, rank, len(data), ranks) for rank in range(ranks))
+        return [added([data[s] for s in mine]) for mine in own]
 
     def data_costs(
         self,
@@ -400,33 +453,42 @@ class Space:
         mesh = self.mesh(shape.grid, shards)
         parts = shape.grid.parts(zero, shards)
         spent = [durations(s, d) for s, d in zip(stages, data, strict=True)]
+        late = [s.late_s for s in stages]
         message = max((s.output_bytes for s in stages[:-1]), default=0)
         sending = send_s(message, mesh, self.machine) if len(stages) > 1 else 0.0
+        ranks, count = mesh.pipeline, shape.microbatches
         if play and len(stages) > 1:
-            lists = self.action_lists(schedule, len(stages), shape.microbatches, zero)
-            span = played_s(lists, spent, sending)
+            lists = self.action_lists(schedule, len(stages), ranks, count, zero)
+            span = played_s(lists, spent, sending, late)
         else:
-            span = makespan_s(spent, shape.microbatches, sending)
-        shared = self.shared_weights(stages, mesh, parts.shared)
+            span = makespan_s(spent, count, sending, schedule=schedule, ranks=ranks, late_s=late)
+        shared = self.shared_weights(stages, mesh, parts.shared, schedule)
+        own = self.by_ranks(shape, stages, schedule)
+        own_data = self.rank_data_costs(shape, data, schedule)
         tails = [
             tail(s, d, parts, shape.option.where, shared[1], self.types, self.machine, offload)
-            for s, d in zip(stages, data, strict=True)
+            for s, d in zip(own, own_data, strict=True)
         ]
-        return step_times(stages, data, tails, shape.microbatches, span)
+        return step_times(own, own_data, tails, count, span)
 
-    def shared_weights(self, stages: list[Stage], mesh: MeshSizes, parts: int) -> tuple[int, float]:
-        """(bytes, seconds) of summing the gradients of weights that two stages hold."""
+    def shared_weights(
+        self, stages: list[Stage], mesh: MeshSizes, parts: int, schedule: Schedule
+    ) -> tuple[int, float]:
+        """(bytes, seconds) of summing the gradients of weights that two stages hold. In a V the
+        ends of the chain are one rank's."""
         elements = max(s.tied_elements for s in stages)
         size = self.types.reduced * -(-elements // parts)
+        if schedule.turns:
+            return 0, 3 * size / self.machine.memory_bytes_per_s
         pair = group(2, mesh.world_size // mesh.pipeline, self.machine)
         return size, collective_s(Collective.ALL_REDUCE, size, pair)
 
     def action_lists(
-        self, schedule: Schedule, stages: int, microbatches: int, zero: int
+        self, schedule: Schedule, stages: int, ranks: int, microbatches: int, zero: int
     ) -> dict[int, tuple[str, ...]]:
-        key = (schedule, stages, microbatches, zero)
+        key = (schedule, stages, ranks, microbatches, zero)
         if key not in self.lists:
-            self.lists[key] = actions(schedule, stages, stages, microbatches, zero)
+            self.lists[key] = actions(schedule, stages, ranks, microbatches, zero)
         return self.lists[key]
 
     # -- candidates
@@ -503,9 +565,9 @@ class Space:
             kept -= sum(run.count * away_bytes(run) for run in whole.runs)
         return weights + moments, kept
 
-    def shapes(self, outline: Outline) -> list[Shape]:
+    def shapes(self, outline: Outline, interleave: int = 1) -> list[Shape]:
         option, grid = outline.option, outline.grid
-        cuts = self.cuts(option, outline.microbatch, outline.recompute, grid.pipeline)
+        cuts = self.cuts(option, outline.microbatch, outline.recompute, grid.pipeline, interleave)
         return [
             Shape(
                 option=option,
@@ -518,13 +580,25 @@ class Space:
             for cut in cuts
         ]
 
+    def ways(self, outline: Outline) -> Iterator[tuple[int, list[Schedule]]]:
+        """Stages on each rank, and the schedules that may then be."""
+        pipeline = outline.grid.pipeline
+        for interleave in self.interleaves(pipeline):
+            found = self.schedules(pipeline, interleave)
+            if not self.pins.about("schedule") and outline.microbatches < 2 * pipeline:
+                # its phases overlap nothing then
+                found = [s for s in found if s is not Schedule.DUALPIPEV]
+            if found:
+                yield interleave, found
+
     def candidates(self, outline: Outline) -> Iterator[Candidate]:
         """Every plan of an outline; those that do not fit have no times."""
-        for shape in self.shapes(outline):
-            stages = [self.stage(shape, a, b) for a, b in shape.cut]
-            for zero, shards in shardings(shape.grid, self.pins):
-                for schedule in self.schedules(shape.grid.pipeline):
-                    yield from self._candidates(shape, stages, zero, shards, schedule)
+        for interleave, schedules in self.ways(outline):
+            for shape in self.shapes(outline, interleave):
+                stages = [self.stage(shape, a, b) for a, b in shape.cut]
+                for zero, shards in shardings(shape.grid, self.pins):
+                    for schedule in schedules:
+                        yield from self._candidates(shape, stages, zero, shards, schedule)
 
     def _candidates(
         self, shape: Shape, stages: list[Stage], zero: int, shards: int, schedule: Schedule
@@ -550,12 +624,11 @@ class Space:
 
     def smallest_of(self, outline: Outline) -> Iterator[Candidate]:
         """Of each ZeRO level the plan that shards most, for what cannot fit anyway."""
-        shape = self.shapes(outline)[-1:]
-        for zero, shards in dict(shardings(outline.grid, self.pins)).items():
-            for one in shape:
-                stages = [self.stage(one, a, b) for a, b in one.cut]
-                for schedule in self.schedules(one.grid.pipeline)[:1]:
-                    yield from self._candidates(one, stages, zero, shards, schedule)
+        for interleave, schedules in list(self.ways(outline))[:1]:
+            for shape in self.shapes(outline, interleave)[-1:]:
+                stages = [self.stage(shape, a, b) for a, b in shape.cut]
+                for zero, shards in dict(shardings(outline.grid, self.pins)).items():
+                    yield from self._candidates(shape, stages, zero, shards, schedules[0])
 
     def _candidate(
         self,

@@ -53,7 +53,9 @@ def shrink(program: Program, plan: Plan, largest: int = 2) -> tuple[Program, Pla
         )
         model = small_model(model, stages, sizes)
         blocks = block_count(model)
-    microbatch, microbatches = min(plan.microbatch, 2), min(plan.microbatches, 4)
+    microbatch = min(plan.microbatch, 2)
+    # enough that the pipeline's steady state is there
+    microbatches = min(plan.microbatches, max(4, 2 * mesh.pipeline))
     sequence = TOKENS if isinstance(program.model, Model) else program.train.sequence_length
     train = replace(
         program.train,

@@ -2,10 +2,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmspec.compiler.cost.closed import makespan_s
 from llmspec.compiler.cost.compute import tile_efficiency
 from llmspec.compiler.cost.data import exposed_s
 from llmspec.compiler.cost.play import play_s
-from llmspec.compiler.cost.step import makespan_s, played_s
+from llmspec.compiler.cost.step import played_s
 from llmspec.compiler.schedules import Schedule, actions
 
 EVEN = [(1.0, 2.0)] * 4

@@ -1,0 +1,39 @@
+"""The length of a pipeline's step in closed form, for ranking thousands of plans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llmspec.compiler.orders import Schedule, stages_of
+
+
+def makespan_s(
+    spent: Sequence[tuple[float, float]],
+    microbatches: int,
+    send_s: float,
+    *,
+    schedule: Schedule = Schedule.ONE_F_ONE_B,
+    ranks: int | None = None,
+    late_s: Sequence[float] = (),
+) -> tuple[float, float]:
+    """(seconds without messages, seconds that messages add).
+
+    The longer of two: the busiest rank works through every micro-batch and waits for the ramps, up
+    and down; or, with few micro-batches, one runs through all stages and the others follow it
+    through the slowest. It is exact for equal stages (in a V: from two micro-batches a rank on).
+
+    spent: seconds of one micro-batch's forward and backward on each stage. late_s: of the backward,
+        what waits for no other stage where it is split. ranks: None: as many as stages.
+    """
+    stages, ranks = len(spent), ranks or len(spent)
+    late = list(late_s) if schedule.splits else [0.0] * stages
+    urgent = [f + b - w for (f, b), w in zip(spent, late, strict=True)]
+    own = [stages_of(schedule, rank, stages, ranks) for rank in range(ranks)]
+    busiest = max(own, key=lambda rank: sum(sum(spent[s]) for s in rank))
+    busy = microbatches * sum(sum(spent[s]) for s in busiest)
+    # W fills what the ramps leave: each stage's wait is shorter by one
+    waits = [u - w for u, w in zip(urgent, late, strict=True)]
+    ramps = (sum(waits) - sum(waits[s] for s in busiest)) * ranks / stages
+    up = sum(spent[s][0] for s in range(ranks) if s < busiest[0])
+    chain = sum(urgent) + late[0] + (microbatches - 1) * max(urgent)
+    return max(busy + max(ramps, up), chain), 2 * (stages - 1) * send_s

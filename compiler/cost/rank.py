@@ -1,0 +1,101 @@
+"""What one pipeline rank runs and holds: several stages, backwards in two parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from llmspec.compiler.cost.memory import Residence
+from llmspec.compiler.cost.stage import Stage, together
+from llmspec.compiler.orders import Schedule, stages_of
+from llmspec.compiler.schedules import Held, held_at_once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """A rank as the ledger sees it. stage: all that it runs. The rest: see Residence."""
+
+    stage: Stage
+    in_flight: float
+    sends_on: bool
+    receives: bool
+    split: bool
+
+    def home(self, plain: Residence) -> Residence:
+        return replace(
+            plain,
+            in_flight=self.in_flight,
+            sends_on=self.sends_on,
+            receives=self.receives,
+            split=self.split,
+        )
+
+
+def run_by_ranks(schedule: Schedule, stages: Sequence[Stage], ranks: int) -> list[Stage]:
+    """What each rank runs, as one stage."""
+    own = (stages_of(schedule, rank, len(stages), ranks) for rank in range(ranks))
+    return [together([stages[s] for s in mine]) for mine in own]
+
+
+def holders(
+    schedule: Schedule,
+    stages: Sequence[Stage],
+    ranks: int,
+    microbatches: int,
+    cast_bytes: int = 0,
+) -> list[Holder]:
+    """Of every rank. cast_bytes: of each weight element that autograd keeps as its use casts it."""
+    held = held_at_once(schedule, len(stages), ranks, microbatches)
+    return [
+        _holder(schedule, stages, stages_of(schedule, rank, len(stages), ranks), mine, cast_bytes)
+        for rank, mine in enumerate(held)
+    ]
+
+
+def _holder(
+    schedule: Schedule,
+    stages: Sequence[Stage],
+    own: tuple[int, ...],
+    moments: Sequence[Held],
+    cast_bytes: int,
+) -> Holder:
+    run, last = together([stages[s] for s in own]), len(stages) - 1
+    if len(own) == 1 and not schedule.splits:
+        most = max(held.forwards[0] for held in moments)
+        return Holder(
+            stage=run,
+            in_flight=most,
+            sends_on=own[0] < last,
+            receives=own[0] > 0,
+            split=False,
+        )
+    kept = [stages[s].kept_bytes(cast_bytes) for s in own]
+    late = [stages[s].late_bytes for s in own]
+    # a result that another rank gets stays for its backward
+    sent = [stages[s].output_bytes if s < last and s + 1 not in own else 0 for s in own]
+    alive = [k + s for k, s in zip(kept, sent, strict=True)]
+    # in units of what one micro-batch keeps on all stages: by that the ledger multiplies
+    in_flight = max(_bytes(held, alive, late) for held in moments) / max(sum(kept), 1)
+    return Holder(
+        stage=run,
+        in_flight=in_flight,
+        sends_on=False,
+        receives=own[0] > 0,
+        split=schedule.splits,
+    )
+
+
+def _bytes(held: Held, alive: Sequence[int], late: Sequence[int]) -> int:
+    forwards = sum(n * size for n, size in zip(held.forwards, alive, strict=True))
+    return forwards + sum(n * size for n, size in zip(held.late, late, strict=True))
+
+
+def fullest(found: Sequence[Holder]) -> list[Holder]:
+    """Of ranks that run equal stages, the one that holds most."""
+    by_stages: dict[tuple[Stage, bool, bool], Holder] = {}
+    for holder in found:
+        key = (holder.stage, holder.sends_on, holder.receives)
+        known = by_stages.get(key)
+        if known is None or holder.in_flight > known.in_flight:
+            by_stages[key] = holder
+    return list(by_stages.values())
