@@ -29,15 +29,27 @@ def attention(
     if _masked(causal and not plain_causal, window, length, keys, start):
         plain_causal = False
         mask_TS = _visible_like(q_BTHE, length, keys, causal, window, start)
+    width, values = q_BTHE.shape[3], v_BSKE.shape[3]
+    grouped = q_BTHE.shape[2] != k_BSKE.shape[2]
+    if width != values:  # the kernels that write no square out want one width
+        widest = max(width, values)
+        q_BTHE, k_BSKE, v_BSKE = (_filled(x, widest) for x in (q_BTHE, k_BSKE, v_BSKE))
     out_BHTE = F.scaled_dot_product_attention(
         q_BTHE.transpose(1, 2),
         k_BSKE.transpose(1, 2),
         v_BSKE.transpose(1, 2),
         attn_mask=mask_TS,
         is_causal=plain_causal,
-        enable_gqa=q_BTHE.shape[2] != k_BSKE.shape[2],
+        scale=width**-0.5,
+        enable_gqa=grouped,
     )
-    return out_BHTE.transpose(1, 2)
+    out_BTHE = out_BHTE.transpose(1, 2)
+    return out_BTHE[..., :values] if values < width else out_BTHE
+
+
+def _filled(x: Tensor, width: int) -> Tensor:
+    """Zeros behind the last dim until it is so wide."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 def explicit_attention(

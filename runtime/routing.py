@@ -94,13 +94,20 @@ def with_z_loss(logits_BTX: Tensor, coefficient: float) -> Tensor:
 
 
 def gate_weights(
-    logits_BTX: Tensor, experts_BTP: Tensor, *, gate: str, normalise: bool, scale: float = 1.0
+    logits_BTX: Tensor,
+    experts_BTP: Tensor,
+    *,
+    gate: str,
+    normalise: bool,
+    scale: float = 1.0,
+    drops: bool = False,
 ) -> Tensor:
     """What each pick's result counts [B, T, P]; nothing when it was dropped.
 
     normalise: the weights of a token's picks, dropped ones too, sum to `scale`.
+    drops: whether some may have been dropped.
     """
-    picked_BTP = logits_BTX.gather(-1, _chosen(experts_BTP))
+    picked_BTP = logits_BTX.gather(-1, _chosen(experts_BTP) if drops else experts_BTP)
     if gate == "sigmoid":
         weights_BTP = picked_BTP.sigmoid()
         if normalise:
@@ -111,7 +118,7 @@ def gate_weights(
         weights_BTP = (picked_BTP - logits_BTX.logsumexp(-1, keepdim=True)).exp()
     if scale != 1.0:
         weights_BTP = weights_BTP * scale
-    return weights_BTP.masked_fill(experts_BTP < 0, 0.0)
+    return weights_BTP.masked_fill(experts_BTP < 0, 0.0) if drops else weights_BTP
 
 
 def expert_order(experts_BTP: Tensor, drops: bool) -> Tensor:

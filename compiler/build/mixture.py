@@ -45,11 +45,11 @@ def build_moe(b: UnitBuilder, inputs: Inputs, o: Options, context: Context) -> f
         "load", (2, o["experts"]), "UX", Init("constant", 0.0), decay=False,
         buffer=Buffer(kept=False, integer=True),
     )  # fmt: skip
+    drops = o["capacity"] is not None
     weights = b.call(
-        gate_weights, logits, experts, o["gate"], o["normalise"], o["scale"],
+        gate_weights, logits, experts, o["gate"], o["normalise"], o["scale"], drops,
         label="weights", dims="BTP",
     )  # fmt: skip
-    drops = o["capacity"] is not None
     order = b.call(expert_order, experts, drops, label="order", dims="R")
     counts = b.call(expert_counts, experts, load, o["experts"], label="counts", dims="X")
     rows = b.call(dispatch, x, order, o["top_k"], label="rows", dims="RD")

@@ -74,11 +74,16 @@ def resolve(unit: Unit, placement: UnitPlacement, ranks: int) -> Layout:
     )
 
 
+def same_memory(node: fx.Node) -> bool:
+    """Whether a call gives its first operand back, perhaps in another shape."""
+    return entry_of(node).alias or entry_of(node).passes
+
+
 def storage(layout: Layout, node: fx.Node, state: State) -> tuple[fx.Node, State]:
     """The value and state whose bytes hold this one: an alias is its operand; a whole value read by
     split operators is the same tensor."""
     state = WHOLE if state == SHADOW else state
-    while node.op == "call_function" and entry_of(node).alias:
+    while node.op == "call_function" and same_memory(node):
         choice = layout.choices[node]
         if state not in (choice.result, WHOLE) or (
             state == WHOLE and choice.result.kind is Kind.SPLIT

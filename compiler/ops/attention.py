@@ -108,10 +108,23 @@ def _model_flops(node: fx.Node, shapes: Shapes) -> float:
     return square_flops(shapes) * seen_share(node, shapes)
 
 
+def kernel_saved(shapes: Shapes) -> Saved:
+    """q, k, v, the result and a logarithm a row. Heads of another size than the widest are filled
+    up with zeros, in copies; what is returned of a filled result is kept by whoever reads it."""
+    (b, t, h, e), (_, s, k, _), (*_, v) = shapes.operands
+    if e == v:
+        return Saved(operands=(0, 1, 2), result=True, extra_bytes=4 * b * t * h)
+    if v < e:
+        filled = e * (b * s * k + b * t * h)
+        return Saved(operands=(0, 1), extra_elements=filled, extra_bytes=4 * b * t * h)
+    filled = v * (b * s * k + b * t * h)
+    return Saved(operands=(2,), result=True, extra_elements=filled, extra_bytes=4 * b * t * h)
+
+
 def _attention_saved(node: fx.Node, shapes: Shapes) -> Saved:
     b, t, h, _ = shapes.operands[0]
     if not node.args[5]:
-        return Saved(operands=(0, 1, 2), result=True, extra_bytes=4 * b * t * h)
+        return kernel_saved(shapes)
     square = b * h * t * shapes.operands[1][1]
     return Saved(operands=(0, 1, 2), extra_bytes=6 * square)
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from torch import fx
 
-from llmspec.compiler.ops.attention import attention, square_flops, visible_share
+from llmspec.compiler.ops.attention import attention, kernel_saved, square_flops, visible_share
 from llmspec.compiler.ops.context import AXIS, not_runnable
 from llmspec.compiler.ops.registry import (
     CONTEXT_FORMS,
@@ -123,14 +123,7 @@ def _model_flops(node: fx.Node, shapes: Shapes) -> float:
 
 
 def _blocks_saved(node: fx.Node, shapes: Shapes) -> Saved:
-    b, t, h, e = shapes.operands[0]
-    kv, value, logarithms = shapes.operands[1][2], shapes.operands[2][3], 4 * b * t * h
-    if value == e:
-        return Saved(operands=(0, 1, 2), result=True, extra_bytes=logarithms)
-    # copies, as wide as the widest: values and result, or queries, keys and result
-    filled = b * t * max(value, e) * (h + (kv if value < e else h + kv))
-    kept = (0, 1) if value < e else (2,)
-    return Saved(operands=kept, extra_elements=filled, extra_bytes=logarithms)
+    return kernel_saved(shapes)
 
 
 def _repeat(node: fx.Node, shapes: Shapes) -> int:

@@ -205,6 +205,8 @@ class Entry:
     backward_factor: float = 2.0
     """Of a contraction: what the backward executes for each operation of the forward."""
     alias: bool = False
+    passes: bool = False
+    """Its result is its first operand, in the same memory."""
     looks_up: bool = False
     """Of its operands it reads no more than it gives: a table's rows."""
     groups: Callable[[Shapes], int] | None = None

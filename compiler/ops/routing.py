@@ -124,17 +124,19 @@ def z_loss(logits: Tensor, coefficient: float) -> Tensor:
 
 
 def gate_weights(
-    logits: Tensor, experts: Tensor, gate: str, normalise: bool, scale: float
+    logits: Tensor, experts: Tensor, gate: str, normalise: bool, scale: float, drops: bool
 ) -> Tensor:
     """logits [B, T, X], experts [B, T, P] -> weights [B, T, P]; what was dropped has weight 0.
 
     normalise: the weights of a token's picks, dropped ones too, sum to `scale`.
+    drops: whether some may have been.
     """
     scores = logits.sigmoid() if gate == "sigmoid" else logits.softmax(-1)
     weights = scores.gather(-1, torch.where(experts < 0, ~experts, experts))
     if normalise:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return (weights * scale).masked_fill(experts < 0, 0.0)
+    weights = weights * scale
+    return weights.masked_fill(experts < 0, 0.0) if drops else weights
 
 
 def expert_order(experts: Tensor, drops: bool) -> Tensor:
@@ -158,7 +160,7 @@ def expert_counts(experts: Tensor, load: Tensor, count: int) -> Tensor:
 # Entries
 
 
-def _register(function, rule, render, *, flops=None, saved=None, contraction=False) -> None:  # type: ignore[no-untyped-def]
+def _register(function, rule, render, *, flops=None, saved=None, **more) -> None:  # type: ignore[no-untyped-def]
     register(
         Entry(
             name=function.__name__,
@@ -167,7 +169,7 @@ def _register(function, rule, render, *, flops=None, saved=None, contraction=Fal
             flops=flops or (lambda node, shapes: float(numel(shapes.operands[0]))),
             saved=saved or (lambda node, shapes: Saved()),
             render=render,
-            contraction=contraction,
+            **more,
         )
     )
 
@@ -266,10 +268,12 @@ def _render_z(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
 
 
 def _render_gate(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
-    gate, normalise, scale = node.args[2:5]
+    gate, normalise, scale, drops = node.args[2:6]
     options = [f"gate={gate!r}", f"normalise={normalise}"]
     if scale != 1.0:
         options.append(f"scale={scale!r}")
+    if drops:
+        options.append("drops=True")
     return _printed("gate_weights", args[0], args[1], *options)
 
 
@@ -281,14 +285,26 @@ def _render_counts(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
     return _printed("expert_counts", args[0], args[1])
 
 
-def _scores_kept(node: fx.Node, shapes: Shapes) -> Saved:
-    """The probabilities, and the load as a number, in float32."""
-    return Saved(extra_bytes=4 * numel(shapes.operands[0]))
+def _balance_kept(node: fx.Node, shapes: Shapes) -> Saved:
+    """In float32: the scores, of sigmoids their sums too, and the load."""
+    scores, rows = numel(shapes.operands[0]), numel(shapes.operands[0][:-1])
+    sums = rows if node.args[3] == "sigmoid" else 0
+    return Saved(extra_bytes=4 * (scores + sums + numel(shapes.operands[1])))
+
+
+def _z_kept(node: fx.Node, shapes: Shapes) -> Saved:
+    return Saved(operands=(0,), extra_bytes=4 * numel(shapes.operands[0][:-1]))
 
 
 def _weights_kept(node: fx.Node, shapes: Shapes) -> Saved:
-    """Of the picks alone, float32: a softmax over them, or sigmoids and their sum."""
-    return Saved(extra_bytes=4 * numel(shapes.result))
+    """The logits; in float32 and of the picks alone what the gate gives, unless it is the result, a
+    sum a row, and which were dropped."""
+    gate, normalise, scale, drops = node.args[2:6]
+    picks, rows = numel(shapes.result), numel(shapes.result[:-1])
+    summed = (gate == "sigmoid") == normalise
+    changed = scale != 1.0 or drops or (gate == "sigmoid" and normalise)
+    kept = 4 * (picks * changed + rows * summed) + picks * bool(drops)
+    return Saved(operands=(0,), extra_bytes=kept)
 
 
 _register(
@@ -302,8 +318,8 @@ _register(
 _register(choose_experts, _chooses, _render_choose)
 _register(drop_over_capacity, _chooses, _render_drop)
 _register(sequence_load, _chooses, _render_load)
-_register(balance_loss, _balance_rule, _render_balance, saved=_scores_kept)
-_register(z_loss, _z_rule, _render_z, saved=_scores_kept)
+_register(balance_loss, _balance_rule, _render_balance, saved=_balance_kept, passes=True)
+_register(z_loss, _z_rule, _render_z, saved=_z_kept, passes=True)
 _register(gate_weights, _gate_rule, _render_gate, saved=_weights_kept)
 _register(expert_order, _chooses, _render_order)
 _register(expert_counts, _chooses, _render_counts)

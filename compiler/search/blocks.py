@@ -24,6 +24,7 @@ from llmspec.compiler.cost.unit import (
     move,
     operator_sends_s,
     parameter_nodes,
+    same_memory,
     sent_by,
     storage,
 )
@@ -192,7 +193,7 @@ def canonical(
 ) -> tuple[fx.Node, State]:
     """The storage of a value, through every alias that can make it in this state."""
     state = WHOLE if state == SHADOW else state
-    while node.op == "call_function" and entry_of(node).alias:
+    while node.op == "call_function" and same_memory(node):
         made = (c for c in legal[node] if (WHOLE if c.result == SHADOW else c.result) == state)
         choice = next(made, None)
         if choice is None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmspec import dsl
 from llmspec.compiler.build.model import build_model
 from llmspec.compiler.emit.model import print_model
 from llmspec.compiler.lower import lower
@@ -16,7 +17,42 @@ from tests.compiler.specs import CPU, cluster, gpt, llama, pin, program
 from tests.processes import run
 
 ROOT = Path(__file__).parents[3]
+MIXTURE = """
+model m {{
+    vocab = 512; context = 64; width = 64
+    block layer(x) {{
+        x = x + {attention}
+        x = x + moe(rmsnorm(x), {experts})
+    }}
+    tokens -> embed -> layer * 2 -> rmsnorm -> unembed
+}}
+cluster c {{ node = 2 * cpu }}
+train {{ model = m; cluster = c; dataset = synthetic; batch = 2 sequences; steps = 1 }}
+"""
+PLAIN = "attention(rmsnorm(x), heads=4, kv_heads=2, rope=10_000, causal)"
+LATENT = (
+    "latent_attention(rmsnorm(x), heads=4, q_rank=32, kv_rank=24, nope=16, rope_size=8, value=12, "
+    "causal)"
+)
+
+
+def mixture(experts: str, attention: str = PLAIN):
+    return dsl.load("t.llmspec", text=MIXTURE.format(attention=attention, experts=experts)).model
+
+
 MODELS = {
+    "plain experts": mixture("experts=4, top_k=2, expert=swiglu(ffn=48)"),
+    "losses": mixture(
+        "experts=4, top_k=2, expert=swiglu(ffn=48), shared=swiglu(ffn=64), balance=aux(0.1), "
+        "z_loss=0.1"
+    ),
+    "sigmoid": mixture(
+        "experts=8, top_k=3, expert=mlp(ffn=48, bias), gate=sigmoid, scale=2.5, "
+        "balance=bias(0.1, aux=0.1)"
+    ),
+    # a capacity that nothing is over: what is dropped is not kept
+    "capacity": mixture("experts=8, top_k=3, expert=geglu(ffn=48), normalise=false, capacity=4"),
+    "latent": mixture("experts=4, top_k=2, expert=swiglu(ffn=48)", LATENT),
     "llama": llama(layers=2, width=64, heads=4, kv_heads=2, ffn=176, vocab=512, context=64),
     "gpt": gpt(layers=2, width=64, heads=4, vocab=512, context=64),
 }

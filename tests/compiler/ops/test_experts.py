@@ -33,7 +33,9 @@ def reference(
     load = routing.sequence_load(chosen, X)
     logits = routing.balance_loss(logits, load, 0.3, gate, P, T)
     logits = routing.z_loss(logits, 0.2)
-    weights = routing.gate_weights(logits, chosen, gate, gate == "sigmoid", 2.5)
+    weights = routing.gate_weights(
+        logits, chosen, gate, gate == "sigmoid", 2.5, capacity is not None
+    )
     order = routing.expert_order(chosen, capacity is not None)
     counts = routing.expert_counts(chosen, torch.zeros(2, X), X)
     rows = experts.dispatch(x, order, P)
@@ -55,7 +57,12 @@ def emitted(
     logits = run_routing.with_balance_loss(logits, load, 0.3 * X / (P * T), gate)
     logits = run_routing.with_z_loss(logits, 0.2)
     weights = run_routing.gate_weights(
-        logits, chosen, gate=gate, normalise=gate == "sigmoid", scale=2.5
+        logits,
+        chosen,
+        gate=gate,
+        normalise=gate == "sigmoid",
+        scale=2.5,
+        drops=capacity is not None,
     )
     order = run_routing.expert_order(chosen, capacity is not None)
     counts = run_routing.expert_counts(chosen, torch.zeros(2, X, dtype=torch.int64))
