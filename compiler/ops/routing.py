@@ -300,10 +300,10 @@ def _weights_kept(node: fx.Node, shapes: Shapes) -> Saved:
     """The logits; in float32 and of the picks alone what the gate gives, unless it is the result, a
     sum a row, and which were dropped."""
     gate, normalise, scale, drops = node.args[2:6]
-    picks, rows = numel(shapes.result), numel(shapes.result[:-1])
     summed = (gate == "sigmoid") == normalise
     changed = scale != 1.0 or drops or (gate == "sigmoid" and normalise)
-    kept = 4 * (picks * changed + rows * summed) + picks * bool(drops)
+    picks, rows = numel(shapes.result), numel(shapes.result[:-1])
+    kept = (4 * picks if changed else 0) + (4 * rows if summed else 0) + (picks if drops else 0)
     return Saved(operands=(0,), extra_bytes=kept)
 
 
