@@ -28,6 +28,7 @@ BLOCK_KEYS = (
     "stages",
     "microbatch",
     "recompute",
+    "offload",
 )
 """Keys of the `plan` block that the search decides, in the language reference's order."""
 
@@ -125,6 +126,9 @@ def _headline(plan: Plan) -> list[str]:
     lines.append(
         f"  memory  {_size(peak, unit)} of {_size(budget, unit)} {name} predicted   {parts}"
     )
+    if host := predicted["peak_host_memory_bytes"]:
+        size, parts = _size(host, unit), ledger_words(predicted["host_memory_bytes"], unit)
+        lines.append(f"  host    {size} {name} a process predicted   {parts}")
     lines.append(
         f"  step    {seconds(predicted['step_time_s'])} predicted   {time_words(predicted)}"
     )

@@ -5,6 +5,7 @@ on a GPU the two copies run beside the update of the buckets between them.
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +147,10 @@ class _State:
     def __getitem__(self, p: nn.Parameter) -> dict[str, Any]:
         update, copy = self._by_parameter[p]
         return update.state[copy]
+
+    def items(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
+        """Of those that have been updated."""
+        return ((p, u.state[copy]) for p, (u, copy) in self._by_parameter.items() if u.state[copy])
 
     def get(self, p: Any, default: Any = None) -> Any:
         if p not in self._by_parameter:

@@ -62,7 +62,7 @@ class ShardedGradients:
         self.reduce = reduce
         traits(model)  # keeps them: fully_shard replaces the parameters
         self.partial = partial_parameters(model, mesh)
-        self.on_host = on_host
+        self.on_host, self.marked = on_host, False
         where = CPUOffloadPolicy(mesh.device.type == "cuda") if on_host else OffloadPolicy()
         if on_host:
             assert zero == 3, "only ZeRO 3 parts with gathered parameters"
@@ -126,7 +126,6 @@ class ShardedGradients:
 
     def finish(self) -> None:
         """Gradients are whole sums (of this rank's part) after this."""
-        self._stand_on_host()
         if self.partial:
             named = dict(self.model.named_parameters())
             sum_over([named[name] for name in self.partial], self.mesh.tensor, self.reduce)
@@ -156,11 +155,12 @@ class ShardedGradients:
         self.model.train()
 
     def _stand_on_host(self) -> None:
-        if self.on_host:
+        """On CPUs, where FSDP2's host memory is the device's: from the first micro-batch on."""
+        if self.on_host and not self.marked and self.mesh.device.type == "cpu":
+            self.marked = True
             for p in self.model.parameters():
                 host.stands_on_host(p)
-                if p.grad is not None:
-                    host.stands_on_host(p.grad)
+                p.register_post_accumulate_grad_hook(lambda q: host.stands_on_host(q.grad))
 
     def _sharded(self) -> list[FSDPModule]:
         """The root first: whichever is used first takes that part."""
