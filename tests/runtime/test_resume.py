@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmspec.runtime import batches, learning_rate, optimizers
-from llmspec.runtime.attention import attention
 from llmspec.runtime.checkpoint import Checkpoints
 from llmspec.runtime.clip import clip_
 from llmspec.runtime.collectives import all_reduce, sum_gradient
+from llmspec.runtime.context_attention import ring_attention
 from llmspec.runtime.initialise import Constant, Normal, initialise
 from llmspec.runtime.loss import (
     vocabulary_parallel_cross_entropy_sum,
@@ -39,7 +39,7 @@ class Model(nn.Module):
     def __init__(self, mesh: Mesh):
         super().__init__()
         init, options = Normal(std=0.3), {"mesh": mesh, "dtype": torch.float64}
-        self.tensor = mesh.tensor
+        self.tensor, self.context = mesh.tensor, mesh.context
         table = parameter((VOCAB, WIDTH), init=init, split={"tensor": 0}, **options)
         self.embed = Group(weight=table)
         self.norm = Group(weight=parameter((WIDTH,), init=Constant(value=1.0), **options))
@@ -50,8 +50,9 @@ class Model(nn.Module):
         part = vocabulary_parallel_embedding(tokens_BT, table_vD, VOCAB, self.tensor)
         x_BTD = all_reduce(part, self.tensor)
         q_BTHE = F.linear(x_BTD, local(self.queries.weight)).unflatten(-1, (2, WIDTH // 2))
-        q_BTHE = rotary(q_BTHE, 100.0)
-        x_BTD = x_BTD + attention(q_BTHE, q_BTHE, q_BTHE, causal=True).flatten(2)
+        q_BTHE = rotary(q_BTHE, 100.0, context=self.context)
+        mixed_BTHE = ring_attention(q_BTHE, q_BTHE, q_BTHE, self.context, causal=True)
+        x_BTD = x_BTD + mixed_BTHE.flatten(2)
         x_BTD = rms_norm(x_BTD, local(self.norm.weight), 1e-5)
         logits_BTv = F.linear(sum_gradient(x_BTD, self.tensor), table_vD)
         return vocabulary_parallel_cross_entropy_sum(logits_BTv, targets_BT, VOCAB, self.tensor)
@@ -112,7 +113,15 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "straight", tmp_path / "broken"
 
 
-@pytest.mark.parametrize("sizes, zero", [({}, 0), ({"shards": 2}, 3), ({"tensor": 2}, 0)])
+@pytest.mark.parametrize(
+    "sizes, zero",
+    [
+        ({}, 0),
+        ({"shards": 2}, 3),
+        ({"tensor": 2}, 0),
+        pytest.param({"context": 2}, 2, marks=pytest.mark.long),
+    ],
+)
 def test_a_resumed_run_is_the_uninterrupted_one(folders, sizes: dict[str, int], zero: int):
     straight, broken = folders
     world = int(np.prod(list(sizes.values()) or [1]))
@@ -129,4 +138,13 @@ def test_another_plan_goes_on_within_rounding(folders):
     run(2, train, broken, {"shards": 2}, 2, 6)
     run(4, train, broken, {"replicas": 2, "tensor": 2}, 0, 9)
     run(4, train, broken, {"shards": 2, "tensor": 2}, 3, STEPS)
+    np.testing.assert_allclose(curve(broken), curve(straight), rtol=1e-9)
+
+
+def test_context_ranks_go_on_within_rounding(folders):
+    straight, broken = folders
+    run(1, train, straight, {}, 0, STEPS)
+    run(4, train, broken, {"replicas": 2, "context": 2}, 1, 6)
+    run(2, train, broken, {"context": 2}, 0, 9)
+    run(4, train, broken, {"context": 2, "tensor": 2}, 3, STEPS)
     np.testing.assert_allclose(curve(broken), curve(straight), rtol=1e-9)

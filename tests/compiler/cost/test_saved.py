@@ -77,11 +77,9 @@ def kept_bytes(model, inputs) -> int:
     return sum(held.values())
 
 
-def planned(name: str, ranks: int, sequence: str):
+def planned(name: str, ranks: int, *more):
     """(source of model.py, predicted bytes of activations)."""
-    model, pins = MODELS[name], [pin("microbatch", 2), pin("tensor", ranks)]
-    if ranks > 1:
-        pins.append(pin("sequence", sequence))
+    model, pins = MODELS[name], [pin("microbatch", 2), *more]
     spec = program(model, cluster(1, ranks, CPU), batch=2, precision="fp32", plan=tuple(pins))
     found = search(spec, lambda b: build_model(model, sequences=b, tokens=model.context))
     lowered = lower(build_model(model, sequences=2, tokens=model.context), found.plan)
@@ -89,25 +87,36 @@ def planned(name: str, ranks: int, sequence: str):
     return text, found.plan.predicted["predicted"]["memory_bytes"]["activations"]
 
 
-def measured(rank: int, text: str, ranks: int, context: int) -> int:
+def measured(rank: int, text: str, sizes: dict[str, int], tokens: int) -> int:
+    """`tokens`: of this rank."""
     module = types.ModuleType("model")
     sys.path.insert(0, str(ROOT))
     exec(compile(text, "model.py", "exec"), module.__dict__)
     from runtime.mesh import Mesh
 
-    emitted = module.Model(Mesh.create(torch.device("cpu"), tensor=ranks))
+    emitted = module.Model(Mesh.create(torch.device("cpu"), **sizes))
     emitted.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in emitted.parameters():
             parameter.fill_(0.01)
-    tokens = torch.zeros(2, context, dtype=torch.int64)
-    return kept_bytes(emitted, (tokens, tokens, torch.arange(2)))
+    ids = torch.zeros(2, tokens, dtype=torch.int64)
+    return kept_bytes(emitted, (ids, ids, torch.arange(2)))
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("ranks", "sequence"), [(1, "off"), (2, "on"), (2, "off")])
 def test_activations_are_what_autograd_keeps(name, ranks, sequence):
-    text, predicted = planned(name, ranks, sequence)
-    for real in run(ranks, measured, text, ranks, MODELS[name].context):
+    pins = [pin("sequence", sequence)] if ranks > 1 else []
+    text, predicted = planned(name, ranks, pin("tensor", ranks), *pins)
+    for real in run(ranks, measured, text, {"tensor": ranks}, MODELS[name].context):
         # the loss keeps a few numbers a row besides
+        assert real == pytest.approx(predicted, rel=0.002)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("style", ["ring", "gather", "ulysses"])
+def test_activations_of_context_ranks(name, style):
+    pins = [pin("context", 2), pin("context_style", style), pin("zero", 0)]
+    text, predicted = planned(name, 2, *pins)
+    for real in run(2, measured, text, {"context": 2}, MODELS[name].context // 2):
         assert real == pytest.approx(predicted, rel=0.002)
