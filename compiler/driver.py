@@ -19,6 +19,7 @@ from torch import nn
 from llmspec.compiler.build.model import build_model
 from llmspec.compiler.cost.hardware import machine_of
 from llmspec.compiler.cost.network import axis_group, collective_s, inner_groups
+from llmspec.compiler.cost.recompute import Operators, flow_of
 from llmspec.compiler.cost.types import types_of
 from llmspec.compiler.cost.unit import sent_width
 from llmspec.compiler.emit.package import emit, write
@@ -157,11 +158,13 @@ def lower_plan(session: Session, plan: Plan) -> Lowered:
 def emit_plan(session: Session, plan: Plan) -> dict[str, str]:
     """Every file of the emitted directory: relative path -> text."""
     model = plan.predicted.get("model", {})
+    lowered = lower_plan(session, plan)
     return emit(
         session.program,
-        lower_plan(session, plan),
+        lowered,
         flops_per_token=float(model.get("flops_per_token", 0.0)),
         times=move_times(session.program, plan),
+        freed=recompute_words(session.program, lowered),
     )
 
 
@@ -185,6 +188,22 @@ def move_times(program: Program, plan: Plan) -> Callable[[Move | Sends], float |
         return forward or collective_s(step.backward, size, where)
 
     return time_s
+
+
+def recompute_words(program: Program, lowered: Lowered) -> Callable[[str, Operators], str]:
+    """What a choice saves and costs one use of a unit."""
+    plan, types = lowered.plan, types_of(program.train)
+    machine = machine_of(program.cluster, types)
+    where = axis_group("tensor", plan.mesh, machine)
+    inner = inner_groups(plan.mesh.tensor, plan.mesh.context, plan.mesh.expert, machine)
+
+    def words(name: str, operators: Operators) -> str:
+        flow = flow_of(lowered.units[name], where, machine, types.compute, inner)
+        bare, again = flow.again(()), flow.again(operators)
+        freed = (bare.kept_bytes - again.kept_bytes) / 2**20
+        return f"{freed:,.1f} MiB less, {again.whole_s * 1e3:.3g} ms more predicted"
+
+    return words
 
 
 def default_folder(program: Program) -> Path:

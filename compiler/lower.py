@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from llmspec.compiler.errors import InternalError
 from llmspec.compiler.graph import Instance, ModelGraph, Unit
 from llmspec.compiler.orders import Schedule
+from llmspec.compiler.passes.recompute import check_recompute
 from llmspec.compiler.passes.shard import shard_unit, whole_placement
 from llmspec.compiler.passes.split_backward import leave_weights_for_later
 from llmspec.compiler.plan import Plan, UnitPlacement
@@ -37,7 +38,8 @@ def lower(graph: ModelGraph, plan: Plan) -> Lowered:
     shard over the tensor axis, mark what a split backward leaves for later; stages and
     recomputation are the plan's.
 
-    Errors: InternalError when plan and graph do not belong together.
+    Errors: InternalError when plan and graph do not belong together; Refused for operators to
+    recompute that the model does not have.
     """
     if plan.stages[0][0] != 0 or plan.stages[-1][1] != len(graph.instances):
         raise InternalError("the plan's stages do not cover the model")
@@ -48,6 +50,7 @@ def lower(graph: ModelGraph, plan: Plan) -> Lowered:
         for name, unit in graph.units.items()
     }
     units = {name: shard_unit(unit, placements[name], ranks) for name, unit in graph.units.items()}
+    check_recompute(units, graph.instances, plan.recompute)
     if len(plan.stages) > 1 and Schedule(plan.schedule).splits:
         for unit in units.values():
             leave_weights_for_later(unit)

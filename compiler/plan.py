@@ -56,6 +56,22 @@ class UnitPlacement:
     parameters: dict[str, str] = field(default_factory=dict)
 
 
+EVERYTHING = "everything"
+"""In place of a list of operators: a unit keeps its input alone, and all of it runs again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stretch:
+    """What uses of one unit that follow each other in the chain compute again in the backward.
+
+    blocks: how many uses. again: operators of the lowered unit, by the names of their nodes, or
+        EVERYTHING. Values of theirs that the backward asks for are dropped and computed again.
+    """
+
+    blocks: int
+    again: tuple[str, ...] | str = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """All decisions.
@@ -63,7 +79,8 @@ class Plan:
     stages: (first, stop) instances of the chain, in its order; see schedules.rank_of.
     context_style: how attention looks over context ranks; None where there is one.
     offload: what lives in host memory, sorted.
-    recompute: unit name -> "none" or "full". actions: per pipeline rank, empty without a pipeline.
+    recompute: unit name -> what its uses compute again, in the chain's order.
+    actions: per pipeline rank, empty without a pipeline.
     ramp_actions: the same for the batch's smaller sizes, by their number of micro-batches.
     predicted: the ledger, as docs/json.md has it.
     """
@@ -79,7 +96,7 @@ class Plan:
     microbatches: int
     schedule: str
     stages: tuple[tuple[int, int], ...]
-    recompute: dict[str, str]
+    recompute: dict[str, tuple[Stretch, ...]]
     context_style: str | None = None
     offload: tuple[str, ...] = ()
     kernels: str = "eager"
@@ -117,6 +134,7 @@ def from_json(text: str) -> Plan:
     try:
         data["mesh"] = MeshSizes(**data["mesh"])
         data["placements"] = {k: UnitPlacement(**v) for k, v in data["placements"].items()}
+        data["recompute"] = {k: tuple(map(_stretch, v)) for k, v in data["recompute"].items()}
         data["stages"] = tuple((int(a), int(b)) for a, b in data["stages"])
         data["offload"] = tuple(data["offload"])
         data["actions"] = tuple(tuple(row) for row in data["actions"])
@@ -128,3 +146,8 @@ def from_json(text: str) -> Plan:
         raise ValueError(f"it has no {error}") from None
     except (TypeError, AttributeError) as error:
         raise ValueError(f"not a plan: {error}") from None
+
+
+def _stretch(data: dict[str, Any]) -> Stretch:
+    again = data["again"]
+    return Stretch(blocks=data["blocks"], again=again if isinstance(again, str) else tuple(again))

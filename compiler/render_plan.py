@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llmspec.compiler.plan import Plan
@@ -132,6 +133,7 @@ def _headline(plan: Plan) -> list[str]:
     lines.append(
         f"  step    {seconds(predicted['step_time_s'])} predicted   {time_words(predicted)}"
     )
+    lines += recompute_lines(plan)
     speed = predicted["tokens_per_s"]
     lines.append(
         f"  speed   {speed:,.0f} tokens/s predicted   {100 * predicted['mfu']:.1f} % of peak"
@@ -158,6 +160,24 @@ def batch_lines(predicted: Face) -> list[str]:
         line += f"   {batch['share_of_critical']:.2g} of the critical batch, an estimate"
         line += f" (Kaplan 2020) at a loss of {batch['loss']:.2f} ({source})"
     return [line]
+
+
+def recompute_lines(plan: Plan) -> list[str]:
+    """What is computed again, in how many blocks, where blocks are not all alike in a plain way."""
+    decided = plan.predicted["plan"]
+    if decided["recompute"] in ("none", "full"):
+        return []
+    lines = []
+    for unit, own in decided["recompute_by_unit"].items():
+        total = sum(s["blocks"] for s in own)
+        counted: dict[str, int] = {}
+        for stretch in own:
+            if stretch["again"]:
+                words = ", ".join(stretch["again"])
+                counted[words] = counted.get(words, 0) + stretch["blocks"]
+        for words, blocks in counted.items():
+            lines.append(f"  again   {words} in {blocks} of {total} `{unit}`")
+    return lines
 
 
 def ledger_words(parts: dict[str, int], unit: int) -> str:
@@ -231,20 +251,12 @@ def _block_value(plan: Plan, key: str, value: Any) -> str | None:
             return None
         case "stages":
             return f"[{', '.join(map(str, value))}]"
-        case "recompute" if len(_policies(plan)) > 1:
-            return None
     return str(value)
 
 
 def _has_experts(plan: Plan) -> bool:
     model = plan.predicted["model"]
     return bool(model["parameters_active"] < model["parameters"])
-
-
-def _policies(plan: Plan) -> set[str]:
-    """Of the units that may be recomputed: all but the chain's ends, where there are others."""
-    names = list(plan.recompute)
-    return {plan.recompute[name] for name in names[1:-1]}
 
 
 def infeasible_fault(found: Infeasible) -> Diagnostic:
@@ -291,13 +303,25 @@ def _decisions(plan: Plan) -> dict[str, str]:
     for key, value in plan.decisions().items():
         if key == "actions":
             flat[key] = f"{sum(len(row) for row in value)} actions on {len(value)} ranks"
-        elif key in ("mesh", "recompute"):
+        elif key == "recompute":
+            flat |= {f"{key}.{name}": _stretches(own) for name, own in value.items()}
+        elif key == "mesh":
             flat |= {f"{key}.{name}": str(inner) for name, inner in value.items()}
         elif key == "placements":
             flat |= _placed(value)
         else:
             flat[key] = str(value)
     return flat
+
+
+def _stretches(own: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(f"{s['blocks']} x {_again(s['again'])}" for s in own)
+
+
+def _again(operators: Sequence[str] | str) -> str:
+    if isinstance(operators, str):
+        return operators
+    return f"[{', '.join(operators)}]" if operators else "none"
 
 
 def _placed(placements: dict[str, Any]) -> dict[str, str]:

@@ -451,7 +451,6 @@ PLAN = {
             name="recompute",
             least=None,
             words=("none", "selective", "full"),
-            now=("none", "full"),
         ),
         PlanRow(
             name="offload",

@@ -70,6 +70,8 @@ def one_value(row: PlanRow, relation: Relation, node: syntax.Node) -> Option:
         result: Option = stages_of(value, node)
     elif row.name == "offload" and isinstance(node, syntax.Sequence):
         result = offload_of(row, node)
+    elif row.name == "recompute" and isinstance(value, tuple):
+        result = listed_operators(value, node)
     elif row.words:
         result = word_of(row, value, node)
     else:
@@ -89,15 +91,13 @@ def plan_word(node: syntax.Node) -> Value:
     if isinstance(node, syntax.Text):
         return Word(node.value)
     if isinstance(node, syntax.Sequence):
-        return ()
+        return tuple(item.text if isinstance(item, syntax.Name) else "" for item in node.items)
     return evaluate(node)
 
 
 def word_of(row: PlanRow, value: Value, node: syntax.Node) -> str:
     if isinstance(value, Word) and value.text in row.words:
         return value.text
-    if isinstance(value, tuple) and row.name == "recompute":
-        raise no_meaning(f"a list for `{row.name}`", node.span)
     name = value.text if isinstance(value, Word) else ""
     raise fault(
         "E0402",
@@ -118,6 +118,21 @@ def offload_of(row: PlanRow, node: syntax.Sequence) -> Option:
     if "parameters" in words:
         words -= {"optimizer"}
     return words.pop() if len(words) == 1 else tuple(sorted(words))
+
+
+def listed_operators(value: tuple[Value, ...], node: syntax.Node) -> tuple[str, ...]:
+    """Whether the model has them is checked where its graph is known."""
+    names = tuple(v for v in value if isinstance(v, str) and v)
+    if not names or len(names) < len(value):
+        label = "like `[attention, swiglu]`"
+        raise fault("E0402", "`recompute` lists names of operators", node.span, label)
+    return names
+
+
+def operator_kind(name: str) -> str:
+    """What an operator is, by its own name: the second `rmsnorm` of a block is `rmsnorm_2`."""
+    kind, _, number = name.rpartition("_")
+    return kind if kind and number.isdigit() else name
 
 
 def stages_of(value: Value, node: syntax.Node) -> tuple[int, ...]:

@@ -107,19 +107,30 @@ class _Argument:
     """A tensor that a call reads: it stays, or is a note. What a call keeps depends on whether its
     arguments need gradients."""
 
-    saved: "Tensor | _Note"
+    saved: "Tensor | _Note | _Elsewhere"
     needs_gradient: bool
 
     def open(self) -> Tensor:
         return _open(self.saved).detach().requires_grad_(self.needs_gradient)
 
 
-def _open(saved: "Tensor | _Note") -> Tensor:
-    return saved.open() if isinstance(saved, _Note) else saved
+def _open(saved: "Tensor | _Note | _Elsewhere") -> Tensor:
+    return saved if isinstance(saved, Tensor) else saved.open()
 
 
 def _key(x: Tensor) -> int:
     return x.untyped_storage()._cdata
+
+
+@dataclass(frozen=True, slots=True)
+class _Elsewhere:
+    """A tensor that those keep who asked to before this module did: in host memory, say."""
+
+    saved: Any
+    fetch: Callable[[Any], Tensor]
+
+    def open(self) -> Tensor:
+        return self.fetch(self.saved)
 
 
 class _Scope:
@@ -127,6 +138,8 @@ class _Scope:
 
     def __init__(self, dropped: Collection[str]):
         self.dropped = dropped
+        # saved-tensor hooks do not nest: the outer ones must be called by hand
+        self.outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
         self.values: dict[int, tuple[StorageWeakRef, _Value]] = {}
 
     def drop(self, out: Tensor, call: "_Call", args: tuple[Any, ...]) -> None:
@@ -141,9 +154,11 @@ class _Scope:
         found = self.values.get(_key(x))
         return None if found is None or found[0].expired() else found[1]
 
-    def pack(self, x: Tensor) -> Tensor | _Note:
+    def pack(self, x: Tensor) -> "Tensor | _Note | _Elsewhere":
         value = self.value(x)
-        return x if value is None else _Note(value, _Shape.of(x))
+        if value is not None:
+            return _Note(value, _Shape.of(x))
+        return _Elsewhere(self.outer[0](x), self.outer[1]) if self.outer else x
 
     def argument(self, x: Any) -> Any:
         return _Argument(self.pack(x.detach()), x.requires_grad) if isinstance(x, Tensor) else x

@@ -87,7 +87,7 @@ def units_of(stage: Stage) -> list[ZeroUnit]:
 def _unit(run: Run) -> ZeroUnit:
     cost = run.cost
     forward = cost.whole_forward_s
-    backward = cost.whole_backward_s + (forward if run.recompute else 0.0)
+    backward = cost.whole_backward_s + run.again_s
     return ZeroUnit(cost.elements, cost.expert_elements, forward, backward, run.count)
 
 

@@ -57,31 +57,50 @@ class Residence:
         return Parts(shared=self.shards, experts=self.expert_shards) if self.zero else Parts()
 
     @property
+    def alone(self) -> bool:
+        """Gradients come as the only backward goes."""
+        return self.zero == 0 and self.data == 1 and self.microbatches == 1
+
+    @property
     def gathers_experts(self) -> bool:
         """Experts that one rank alone has stay as they are whatever the level."""
         return self.zero > 0 and self.expert_shards > 1
 
 
+def cast_bytes(home: Residence, types: Types) -> tuple[int, int]:
+    """Of each weight element that autograd keeps as its use casts it: of those that all data ranks
+    have, and of experts'."""
+    shared = types.compute if types.mixed and home.zero == 0 else 0
+    return shared, types.compute if types.mixed and not home.gathers_experts else 0
+
+
 def ledger(stage: Stage, home: Residence, types: Types, machine: Machine) -> Ledger:
-    """The peak stands at the start of the last backward that finds all micro-batches in flight:
-    gradients of earlier ones are there already. One micro-batch on one data rank is walked block by
-    block instead."""
+    """The peak stands in the last backward that finds all micro-batches in flight: gradients of
+    earlier ones are there already. With one micro-batch on one data rank they come as it goes."""
     elements = home.parts.largest(stage.elements, stage.expert_elements)
-    cast = types.compute if types.mixed and home.zero == 0 else 0
-    of_experts = types.compute if types.mixed and not home.gathers_experts else 0
-    kept = stage.kept_bytes(cast, of_experts) + (stage.output_bytes if home.sends_on else 0)
-    activations = round(home.in_flight * kept) + stage.recomputed_bytes(cast, of_experts)
-    gradients = _gradient_bytes(stage, home, types)
-    if home.zero == 0 and home.data == 1 and home.microbatches == 1:
-        activations, gradients = _walk(stage, types, cast)
+    casts = cast_bytes(home, types)
+    sent = stage.output_bytes if home.sends_on else 0
+    others = max(home.in_flight - 1, 0.0)
+    earlier = round(others * stage.kept_bytes(*casts) + home.in_flight * sent)
+    peak = _peak(stage, casts, types.gradients if home.alone else 0)
+    gradients = peak.gradients if home.alone else _gradient_bytes(stage, home, types)
     return Ledger(
         parameters=types.weights * elements,
         gradients=gradients,
         optimizer=types.moments * elements,
-        activations=activations,
-        buffers=_gathered_bytes(stage, home, types) + stage.working_bytes,
+        activations=earlier + peak.activations,
+        buffers=_gathered_bytes(stage, home, types) + peak.working,
         fixed=machine.fixed_bytes,
     )
+
+
+def moving_bytes(stage: Stage, home: Residence, types: Types) -> int:
+    """What blocks make and free, at the peak of `ledger`: the rest is there whatever is computed
+    again."""
+    casts = cast_bytes(home, types)
+    peak = _peak(stage, casts, types.gradients if home.alone else 0)
+    others = max(home.in_flight - 1, 0.0)
+    return round(others * stage.kept_bytes(*casts)) + peak.total
 
 
 def _gradient_bytes(stage: Stage, home: Residence, types: Types) -> int:
@@ -121,18 +140,33 @@ def _copied_bytes(stage: Stage, home: Residence, types: Types) -> int:
     return 2 * types.reduced * bucket_elements(stage.elements, types)
 
 
-def _walk(stage: Stage, types: Types, cast: int) -> tuple[int, int]:
-    """(activations, gradients) where their sum is largest as the backward frees the one and makes
-    the other."""
-    alive = stage.kept_bytes(cast)
-    made, worst = 0, (-1, 0, 0)
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """Bytes at one moment of a micro-batch's backward. working: of the unit that runs."""
+
+    activations: int = 0
+    gradients: int = 0
+    working: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.gradients + self.working
+
+
+def _peak(stage: Stage, casts: tuple[int, int], gradient_bytes: int) -> _Moment:
+    """The fullest moment as a micro-batch goes backward: it frees what is kept, block by block, and
+    what a block computes again is there while the block runs. `gradient_bytes`: of each weight
+    element whose gradient comes meanwhile."""
+    alive, made = stage.kept_bytes(*casts), 0
+    worst = _Moment()
     for run in reversed(stage.runs):
-        kept = run.cost.saved_bytes + cast * run.cost.cast_elements
-        held = run.cost.input_bytes if run.recompute else kept
+        held, returning = run.kept_bytes(*casts), run.returning_bytes(*casts)
         for _ in range(run.count):
-            now = alive + (kept if run.recompute else 0)
-            worst = max(worst, (now + made, now, made))
+            now = _Moment(alive + returning, made, run.cost.working_bytes)
+            worst = max(worst, now, key=lambda m: m.total)
             alive -= held
-            made += types.gradients * run.cost.elements
-    worst = max(worst, (alive + made, alive, made))
-    return worst[1], worst[2]
+            made += gradient_bytes * run.cost.elements
+            if not gradient_bytes:  # the uses before it are the same with less alive
+                alive -= held * (run.count - 1)
+                break
+    return max(worst, _Moment(alive, made), key=lambda m: m.total)

@@ -15,7 +15,6 @@ from llmspec.compiler.cost.hardware import Machine
 from llmspec.compiler.cost.memory import Ledger, Residence, ledger
 from llmspec.compiler.cost.stage import Parts, Run, Stage
 from llmspec.compiler.cost.types import Types
-from llmspec.compiler.cost.unit import UnitCost
 
 OPTIMIZER, ACTIVATIONS, PARAMETERS = "optimizer", "activations", "parameters"
 
@@ -64,7 +63,7 @@ def away_bytes(run: Run) -> int:
     """Of one use of a block, what leaves the device; units that stand alone keep theirs."""
     if not run.block:
         return 0
-    return run.cost.input_bytes if run.recompute else run.cost.away_bytes
+    return run.recompute.away_bytes if run.recompute else run.cost.away_bytes
 
 
 def ledgers(
@@ -84,7 +83,7 @@ def host_ledger(stage: Stage, home: Residence, types: Types, offload: Offload) -
     kept = 0
     if ACTIVATIONS in offload:
         of_one = sum(
-            r.count * (r.cost.input_host_bytes if r.recompute else r.cost.away_host_bytes)
+            r.count * (r.recompute.away_host_bytes if r.recompute else r.cost.away_host_bytes)
             for r in stage.runs
             if r.block
         )
@@ -174,17 +173,11 @@ class _Use:
 
 def _uses(stage: Stage, cast: int, of_experts: int) -> Iterator[_Use]:
     for run in stage.runs:
-        kept = _kept(run.cost, cast, of_experts)
-        held = run.cost.input_bytes if run.recompute else kept
-        again = kept if run.recompute else 0
+        held = run.kept_bytes(cast, of_experts)
+        again = run.returning_bytes(cast, of_experts)
         away = away_bytes(run)
         for _ in range(run.count):
             yield _Use(held - away, away, again, run.cost.input_bytes, run.cost.elements)
-
-
-def _kept(cost: UnitCost, cast: int, of_experts: int) -> int:
-    shared = cost.cast_elements - cost.expert_cast_elements
-    return cost.saved_bytes + cast * shared + of_experts * cost.expert_cast_elements
 
 
 # --------------------------------------------------------------------------------------------------
@@ -227,7 +220,7 @@ def host_cost(
         for run in stage.runs:
             each = away_bytes(run) / machine.host_link_bytes_per_s
             computing = run.cost.whole_forward_s
-            behind = run.cost.whole_backward_s + (computing if run.recompute else 0.0)
+            behind = run.cost.whole_backward_s + run.again_s
             forward += run.count * exposed_s(each, computing, share)
             backward += run.count * exposed_s(each, behind, share)
     if PARAMETERS in offload:

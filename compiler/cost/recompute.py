@@ -12,14 +12,18 @@ from torch import fx
 from llmspec.compiler.cost.compute import is_integer, operator_cost
 from llmspec.compiler.cost.hardware import Machine
 from llmspec.compiler.cost.network import Group
-from llmspec.compiler.cost.unit import operator_sends_s, priced_move, sent_by
+from llmspec.compiler.cost.unit import (
+    SMALLEST_SHARE,
+    host_bytes,
+    operator_sends_s,
+    priced_move,
+    sent_by,
+)
 from llmspec.compiler.graph import Unit
 from llmspec.compiler.ops import collective
 from llmspec.compiler.ops.registry import entry_of, numel, shape_of, shapes_of, tensor_operands
 from llmspec.compiler.placement import Collective, Kind
-
-EVERYTHING = "everything"
-"""In place of a list of operators: only the unit's input is kept, and all of it runs again."""
+from llmspec.compiler.plan import EVERYTHING
 
 Operators = tuple[str, ...] | str
 """Names of nodes of the lowered unit, in its order; or EVERYTHING."""
@@ -31,6 +35,7 @@ class Again:
 
     forward_s, tensor_s, context_s, expert_s, flops: of what runs again.
     kept_bytes: from forward to backward. keeps_casts: and the weights as its operators cast them.
+    away_bytes, away_host_bytes: of what is kept, storages large enough to wait in host memory.
     working_bytes: the most bytes beyond those kept while the unit goes backward: values come back,
         those that were kept go.
     sends: (axis, kind, bytes of the whole value, how often).
@@ -44,6 +49,8 @@ class Again:
     flops: float = 0.0
     kept_bytes: int = 0
     keeps_casts: bool = True
+    away_bytes: int = 0
+    away_host_bytes: int = 0
     working_bytes: int = 0
     sends: tuple[tuple[str, str, int, int], ...] = ()
 
@@ -89,6 +96,7 @@ class Flow:
     steps: dict[str, Step]
     inputs: dict[str, int]
     result: str
+    machine: Machine
 
     def size_bytes(self, value: str) -> int:
         return self.inputs[value] if value in self.inputs else self.steps[value].size_bytes
@@ -117,12 +125,13 @@ class Flow:
             return self._everything()
         runs = self.needed(operators)
         kept = self._kept(runs)
-        kept_bytes = sum(map(self.size_bytes, kept))
-        kept_bytes += sum(s.extra_bytes for s in self.steps.values() if s.name not in runs)
+        sizes = [self.size_bytes(v) for v in kept]
+        sizes += [s.extra_bytes for s in self.steps.values() if s.name not in runs]
+        kept_bytes = sum(sizes)
         return self._priced(
             tuple(n for n in self.steps if n in runs),
             [s for s in self.steps.values() if s.name in runs],
-            kept_bytes=kept_bytes,
+            sizes,
             working_bytes=max(0, self._peak_bytes(runs, kept) - kept_bytes),
         )
 
@@ -138,12 +147,11 @@ class Flow:
         steps = list(self.steps.values())
         last = max((i for i, s in enumerate(steps) if s.keeps or s.extra_bytes), default=-1)
         after = bool(steps) and (steps[last].extra_bytes or steps[last].name in steps[last].keeps)
-        held = sum(self.inputs.values())
         whole = sum(map(self.size_bytes, self.kept_values() - set(self.inputs)))
         return self._priced(
             EVERYTHING,
             steps[: last + 1] if after else steps[: max(last, 0)],
-            kept_bytes=held,
+            list(self.inputs.values()),
             working_bytes=whole + sum(s.extra_bytes for s in steps),
             keeps_casts=False,
         )
@@ -152,12 +160,14 @@ class Flow:
         self,
         operators: Operators,
         steps: Iterable[Step],
+        sizes: list[int],
         *,
-        kept_bytes: int,
         working_bytes: int,
         keeps_casts: bool = True,
     ) -> Again:
         steps = list(steps)
+        smallest = sum(self.inputs.values()) // SMALLEST_SHARE
+        away = [size for size in sizes if size and size >= smallest]
         sent = {a: sum(s.sent_s.get(a, 0.0) for s in steps) for a in AXES}
         counted: Counter[tuple[str, str, int]] = Counter()
         for step in steps:
@@ -170,7 +180,9 @@ class Flow:
             context_s=sent["context"],
             expert_s=sent["expert"],
             flops=sum(s.flops for s in steps),
-            kept_bytes=kept_bytes,
+            kept_bytes=sum(sizes),
+            away_bytes=sum(away),
+            away_host_bytes=sum(host_bytes(size, self.machine) for size in away),
             keeps_casts=keeps_casts,
             working_bytes=working_bytes,
             sends=tuple((*key, often) for key, often in sorted(counted.items())),
@@ -252,7 +264,7 @@ def flow_of(
         elif node.op == "call_function":
             roots[node] = node.name
             steps[node.name] = _step(node, roots, where, machine, width, inner)
-    return Flow(steps, inputs, roots[unit.result()] or "")
+    return Flow(steps, inputs, roots[unit.result()] or "", machine)
 
 
 def _is_view(node: fx.Node) -> bool:

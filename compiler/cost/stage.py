@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from llmspec.compiler.cost.recompute import Again
 from llmspec.compiler.cost.unit import UnitCost
 
 
@@ -26,15 +27,42 @@ class Parts:
 class Run:
     """`count` uses of one unit, one after the other.
 
-    recompute: only each use's input is kept, and its forward runs again in the backward.
+    recompute: what of each use runs again in its backward; None: nothing.
     repeated: ZeRO gathers each use by itself; what is not repeated is gathered together, as the
     root. block: stands between the chain's first and last unit."""
 
     cost: UnitCost
     count: int
-    recompute: bool
+    recompute: Again | None
     repeated: bool
     block: bool = False
+
+    @property
+    def again_s(self) -> float:
+        """Computing and sending again, of one use."""
+        return self.recompute.whole_s if self.recompute else 0.0
+
+    def kept_bytes(self, cast_bytes: int, expert_cast_bytes: int | None = None) -> int:
+        """What autograd keeps of one use; as in `Stage.kept_bytes`."""
+        again = self.recompute
+        if again is None:
+            return self.cost.saved_bytes + self.cast_kept_bytes(cast_bytes, expert_cast_bytes)
+        casts = self.cast_kept_bytes(cast_bytes, expert_cast_bytes) if again.keeps_casts else 0
+        return again.kept_bytes + casts
+
+    def returning_bytes(self, cast_bytes: int, expert_cast_bytes: int | None = None) -> int:
+        """The most bytes beyond those kept while one use goes backward."""
+        again = self.recompute
+        if again is None:
+            return 0
+        casts = 0 if again.keeps_casts else self.cast_kept_bytes(cast_bytes, expert_cast_bytes)
+        return again.working_bytes + casts
+
+    def cast_kept_bytes(self, cast_bytes: int, expert_cast_bytes: int | None = None) -> int:
+        """Of the weights as its operators cast them."""
+        split = cast_bytes if expert_cast_bytes is None else expert_cast_bytes
+        of_experts = self.cost.expert_cast_elements
+        return cast_bytes * (self.cost.cast_elements - of_experts) + split * of_experts
 
 
 @dataclass(frozen=True)
@@ -51,7 +79,7 @@ class Stage:
         return sum(r.count * getattr(r.cost, name) for r in self.runs)
 
     def _again(self, name: str) -> float:
-        return sum(r.count * getattr(r.cost, name) for r in self.runs if r.recompute)
+        return sum(r.count * getattr(r.recompute, name) for r in self.runs if r.recompute)
 
     @cached_property
     def forward_s(self) -> float:
@@ -67,17 +95,17 @@ class Stage:
 
     @cached_property
     def tensor_backward_s(self) -> float:
-        return self._sum("tensor_backward_s") + self._again("tensor_forward_s")
+        return self._sum("tensor_backward_s") + self._again("tensor_s")
 
     @cached_property
     def context_s(self) -> float:
         both = self._sum("context_forward_s") + self._sum("context_backward_s")
-        return both + self._again("context_forward_s")
+        return both + self._again("context_s")
 
     @cached_property
     def expert_s(self) -> float:
         both = self._sum("expert_forward_s") + self._sum("expert_backward_s")
-        return both + self._again("expert_forward_s")
+        return both + self._again("expert_s")
 
     @cached_property
     def whole_forward_s(self) -> float:
@@ -86,7 +114,7 @@ class Stage:
 
     @cached_property
     def whole_backward_s(self) -> float:
-        return self._sum("whole_backward_s") + self._again("whole_forward_s")
+        return self._sum("whole_backward_s") + self._again("whole_s")
 
     @cached_property
     def late_s(self) -> float:
@@ -170,28 +198,13 @@ class Stage:
         return max((r.cost.largest_elements for r in self.runs), default=0)
 
     @cached_property
-    def working_bytes(self) -> int:
-        return max((r.cost.working_bytes for r in self.runs), default=0)
-
-    @cached_property
     def output_bytes(self) -> int:
         return self.runs[-1].cost.output_bytes if self.runs else 0
 
     def kept_bytes(self, cast_bytes: int, expert_cast_bytes: int | None = None) -> int:
         """What autograd keeps of one micro-batch; `cast_bytes`: of each weight element that it
         keeps, `expert_cast_bytes` of those that expert ranks have split (None: the same)."""
-        total = 0
-        for run in self.runs:
-            if run.recompute:
-                total += run.count * run.cost.input_bytes
-            else:
-                total += run.count * _kept(run.cost, cast_bytes, expert_cast_bytes)
-        return total
-
-    def recomputed_bytes(self, cast_bytes: int, expert_cast_bytes: int | None = None) -> int:
-        """What the one block that is being recomputed keeps meanwhile."""
-        again = (r.cost for r in self.runs if r.recompute)
-        return max((_kept(c, cast_bytes, expert_cast_bytes) for c in again), default=0)
+        return sum(r.count * r.kept_bytes(cast_bytes, expert_cast_bytes) for r in self.runs)
 
 
 def together(stages: Sequence[Stage]) -> Stage:
@@ -200,10 +213,3 @@ def together(stages: Sequence[Stage]) -> Stage:
         return stages[0]
     runs = tuple(run for stage in stages for run in stage.runs)
     return Stage(runs, sum(stage.tied_elements for stage in stages))
-
-
-def _kept(cost: UnitCost, cast_bytes: int, expert_cast_bytes: int | None) -> int:
-    split = cast_bytes if expert_cast_bytes is None else expert_cast_bytes
-    of_experts = cost.expert_cast_elements
-    shared = cost.cast_elements - of_experts
-    return cost.saved_bytes + cast_bytes * shared + split * of_experts

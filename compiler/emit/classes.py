@@ -5,11 +5,12 @@ one.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import fx
 
+from llmspec.compiler.emit.again import Choices
 from llmspec.compiler.emit.forward import (
     Child,
     Printer,
@@ -39,7 +40,7 @@ class Style:
     cast: whether weights are stored in another type than they are used in, and cast by the module
         itself. stored: the word of that type.
     cast_experts: the same for what the expert ranks have split.
-    full: names of units that are recomputed whole in the backward.
+    recompute: by unit, what its uses compute again in the backward.
     sent: what is said of an operator that sends by itself.
     imports: filled while printing.
     """
@@ -48,7 +49,7 @@ class Style:
     cast: bool
     cast_experts: bool
     stored: str
-    full: frozenset[str]
+    recompute: Mapping[str, Choices]
     comment: Comment
     sent: Callable[[fx.Node], tuple[str, ...]]
     placements: dict[str, dict[str, str]]
@@ -194,7 +195,19 @@ class ClassPrinter:
             self.style.comment,
             self.style.sent,
             self.style.imports,
+            again=self.choices.names if self.choices else frozenset(),
         )
+
+    @property
+    def choices(self) -> Choices | None:
+        """What the block computes again; None: nothing."""
+        found = self.style.recompute.get(self.unit.name)
+        return found if found is not None and any(found.of_each) else None
+
+    @property
+    def told(self) -> bool:
+        """Whether each of the blocks is told what to compute again."""
+        return not self.section.scope and self.choices is not None and self.choices.differ
 
     def _where(self) -> str:
         span = self.unit.span if not self.section.scope else self._first_span()
@@ -245,6 +258,7 @@ class ClassPrinter:
 
     def _print_init(self, axes: tuple[str, ...]) -> None:
         more = ", first_dropout: int" if self._needs_dropout() else ""
+        more += ", recompute: Collection[str]" if self.told else ""
         with self.text.block(f"def __init__(self, mesh: Mesh{more}):"):
             self.text.line("super().__init__()")
             for key, value in self._members().items():
@@ -254,22 +268,33 @@ class ClassPrinter:
                 self.text.line(f"self.{axis} = mesh.{axis}")
             if has_dropout(_section_nodes(self.section)):
                 self.text.line("self.first_dropout = first_dropout")
+            if self.told:
+                self.style.imports.add(("collections.abc", "Collection"))
+                self.text.line("self.recompute = recompute")
 
     def _print_forward(self, arguments, statements) -> None:  # type: ignore[no-untyped-def]
         signature = ", ".join(f"{a}: Tensor" for a in arguments)
         name = "forward"
-        if not self.section.scope and self.unit.name in self.style.full:
+        if not self.section.scope and self.choices is not None:
             with self.text.block(f"def forward(self, {signature}) -> Tensor:"):
-                self.text.line("# keep the input alone, run the block again in the backward")
-                call = ", ".join(["self.run", *arguments])
-                self.style.imports.add(("torch.utils.checkpoint", "checkpoint"))
-                self.text.line(
-                    f"return checkpoint({call}, use_reentrant=False, preserve_rng_state=False)"
-                )
+                self._print_recomputed(self.choices, arguments)
             self.text.blank()
             name = "run"
         with self.text.block(f"def {name}(self, {signature}) -> Tensor:"):
             print_statements(self.text, statements)
+
+    def _print_recomputed(self, choices: Choices, arguments: list[str]) -> None:
+        if choices.full:
+            self.text.line("# keep the input alone, run the block again in the backward")
+            call = ", ".join(["self.run", *arguments])
+            self.style.imports.add(("torch.utils.checkpoint", "checkpoint"))
+            self.text.line(
+                f"return checkpoint({call}, use_reentrant=False, preserve_rng_state=False)"
+            )
+            return
+        dropped = "self.recompute" if self.told else choices.constant
+        self.style.imports.add(("runtime.recompute", "recomputed"))
+        self.text.line(f"return recomputed({', '.join(['self.run', dropped, *arguments])})")
 
 
 def print_statements(text: Text, statements) -> None:  # type: ignore[no-untyped-def]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from llmspec.compiler.emit.again import call_again
 from llmspec.compiler.graph import Unit
 from llmspec.compiler.ops import collective, elementwise, linear
 from llmspec.compiler.ops.collective import Move
@@ -198,6 +199,8 @@ class Printer:
     comment: Callable[[Move, fx.Node], tuple[str, ...]]
     sent: Callable[[fx.Node], tuple[str, ...]]
     imports: set[tuple[str, str]] = field(default_factory=set)
+    again: frozenset[str] = frozenset()
+    """Nodes whose values some block drops and computes again."""
     names: dict[fx.Node, str] = field(default_factory=dict)
     free_at: dict[str, int] = field(default_factory=dict)
 
@@ -228,7 +231,8 @@ class Printer:
         two_dims = len(first.args[1].meta["parameter"].shape) == 2 if (  # type: ignore[union-attr]
             first.args[1].op == "get_attr"  # type: ignore[union-attr]
         ) else False  # fmt: skip
-        return first if two_dims and len(second.meta["shape"]) == 1 else None
+        apart = (first.name in self.again) != (node.name in self.again)
+        return first if two_dims and len(second.meta["shape"]) == 1 and not apart else None
 
     def expression(self, node: fx.Node) -> str:
         if node.op == "get_attr":
@@ -247,6 +251,18 @@ class Printer:
         return text
 
     def _call(self, node: fx.Node) -> str:
+        text = self._plain_call(node)
+        if node.name not in self.again or node is self._fused_away(node):
+            return text
+        self.imports.add(("runtime.recompute", "again"))
+        return call_again(node.name, text, set(self.names.values()))
+
+    def _fused_away(self, node: fx.Node) -> fx.Node | None:
+        """The node itself where its bias's addition is printed in its place."""
+        user = self._single(node)
+        return node if user is not None and self._biased(user) is node else None
+
+    def _plain_call(self, node: fx.Node) -> str:
         if collective.is_collective(node):
             function = node.target.__name__  # type: ignore[union-attr]
             self.imports.add(("runtime.collectives", function))

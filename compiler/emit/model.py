@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from llmspec.compiler.cost.unit import sent_by, sent_width
+from llmspec.compiler.emit.again import Choices, Operators, constant
 from llmspec.compiler.emit.classes import (
     Style,
     class_name,
@@ -25,8 +26,9 @@ from llmspec.compiler.graph import Instance, Unit, without_gradient
 from llmspec.compiler.lower import Lowered
 from llmspec.compiler.ops.collective import Move, sends
 from llmspec.compiler.ops.registry import Sends, shapes_of
+from llmspec.compiler.passes.recompute import by_instance, in_words
 from llmspec.compiler.placement import Collective
-from llmspec.compiler.plan import Plan
+from llmspec.compiler.plan import EVERYTHING, Plan
 from llmspec.compiler.precision import BYTES, TORCH, WORDS, Precision
 
 LETTERS = {
@@ -67,6 +69,8 @@ VERBS = {
 
 
 Times = Callable[[Move | Sends], float | None]
+Freed = Callable[[str, Operators], str]
+"""What computing operators of a unit again saves and costs, in words."""
 
 
 @dataclass
@@ -120,26 +124,47 @@ class ModelPrinter:
         seed: int,
         spec: str,
         times: Times | None = None,
+        freed: Freed | None = None,
     ):
         plan = lowered.plan
         self.lowered, self.plan, self.seed, self.spec = lowered, plan, seed, spec
         self.precision = precision
+        self.chain = lowered.whole.instances
         self.times = times or (lambda move: None)
-        full = frozenset(u for u, policy in plan.recompute.items() if policy == "full")
         self.style = Style(
             source=spec,
             cast=precision.mixed and plan.zero == 0,
             # ZeRO leaves experts that one rank alone has as they are stored
             cast_experts=precision.mixed and (plan.zero == 0 or plan.mesh.expert_data == 1),
             stored=precision.stored,
-            full=full,
+            recompute=self._choices(freed),
             comment=self.comment,
             sent=self.sent,
             placements={n: p.parameters for n, p in lowered.placements.items()},
         )
-        self.chain = lowered.whole.instances
         self.staged = len(plan.stages) > 1
         self.keeps_on_host = "activations" in plan.offload and bool(lowered.blocks())
+
+    def _choices(self, freed: Freed | None) -> dict[str, Choices]:
+        """By unit, what each of its uses computes again."""
+        chosen = by_instance(self.chain, self.plan.recompute)
+        by_unit: dict[str, list[Operators]] = {}
+        for instance, operators in zip(self.chain, chosen, strict=True):
+            if instance.prefix:
+                by_unit.setdefault(instance.unit, []).append(operators)
+        some = [n for n, own in by_unit.items() if any(own) and set(own) != {EVERYTHING}]
+
+        def words(name: str) -> Callable[[Operators], str]:
+            def of(operators: Operators) -> str:
+                said = ", ".join(in_words(self.lowered.units[name], operators))
+                return said if freed is None else f"{said}: {freed(name, operators)}"
+
+            return of
+
+        return {
+            name: Choices(tuple(own), constant(name, some), words(name))
+            for name, own in by_unit.items()
+        }
 
     # -- comments
 
@@ -252,16 +277,24 @@ class ModelPrinter:
         return all(i.prefix == "" for i in self.chain if i.unit == name)
 
     def _print_head(self, text: Text) -> None:
+        choices = [c for c in self.style.recompute.values() if c.mixed]
+        if any(isinstance(o, str) for c in choices for o in c.of_each):
+            self.style.imports.add(("runtime.recompute", "EVERYTHING"))
         text.line('"""' + Header(self.plan, self.spec).lines()[0])
         for line in [*Header(self.plan, self.spec).lines()[1:], *self._legend()]:
             text.line(line)
         text.line('"""')
         text.blank()
+        if ("collections.abc", "Collection") in self.style.imports:
+            text.line("from collections.abc import Collection")
+            text.blank()
         for module in ("torch", "torch.nn.functional as F"):
             text.line(f"import {module}")
         text.line("from torch import Tensor, nn")
         by_module: dict[str, set[str]] = {}
         for module, name in self.style.imports | {("runtime.mesh", "Mesh")}:
+            if module == "collections.abc":
+                continue
             by_module.setdefault(module, set()).add(name)
         for module, names in sorted(by_module.items()):
             text.line(f"from {module} import {', '.join(sorted(names))}")
@@ -278,7 +311,16 @@ class ModelPrinter:
                 (max(a - 1, 0), min(b - 1, len(self.chain) - 2)) for a, b in self.plan.stages
             )
             text.line(f"STAGES = {cuts!r}  # blocks of each pipeline stage: first, stop")
+        self._print_choices(text)
         text.blank(2)
+
+    def _print_choices(self, text: Text) -> None:
+        """What blocks compute again, where it is not simply all."""
+        for unit, choices in self.style.recompute.items():
+            if not choices.mixed:
+                continue
+            which = "each" if choices.differ else "a"
+            choices.print(text, f"{which} block `{quoted(unit)}`")
 
     # -- the model
 
@@ -394,10 +436,15 @@ class ModelPrinter:
                 grow(tree, name, member_text(unit, weight, self.style))
         return group_text(tree, self.style)
 
-    def _block_maker(self, unit: Unit, index: str) -> str:
-        if not has_dropout(unit.calls()):
-            return f"{class_name(unit.name)}(mesh)"
-        return f"{class_name(unit.name)}(mesh, {first_dropout(1)} * ({index} + 1))"
+    def _block_maker(self, unit: Unit, index: str, use: str) -> str:
+        """`index`: of the block; `use`: of the unit's use."""
+        arguments = ["mesh"]
+        if has_dropout(unit.calls()):
+            arguments.append(f"{first_dropout(1)} * ({index} + 1)")
+        choices = self.style.recompute.get(unit.name)
+        if choices is not None and choices.differ:
+            arguments.append(f"{choices.constant}[{use}]")
+        return f"{class_name(unit.name)}({', '.join(arguments)})"
 
     def _runs(self) -> tuple[BlockRun, ...]:
         """The blocks as rows of equal ones, each numbered from 0 in a container of its own; empty
@@ -421,7 +468,9 @@ class ModelPrinter:
             return
         for run in self._runs():
             index = f"i + {run.start}" if run.start else "i"
-            maker = self._block_maker(self.lowered.units[run.unit], index)
+            before = sum(b.unit == run.unit for b in blocks[: run.start])
+            use = f"i + {before}" if before else "i"
+            maker = self._block_maker(self.lowered.units[run.unit], index, use)
             bounds = self._bounds(run)
             text.line(
                 f"self.{run.container} = nn.ModuleDict("
@@ -453,7 +502,8 @@ class ModelPrinter:
         if block.prefix:
             path, _, key = block.prefix.rpartition(".")
             target = f'self.{path}["{key}"]' if path else f"self.{key}"
-            lines = [f"{target} = {self._block_maker(unit, str(number))}"]
+            use = sum(b.unit == block.unit for b in self.lowered.blocks()[:number])
+            lines = [f"{target} = {self._block_maker(unit, str(number), str(use))}"]
         else:
             lines = self._unit_lines(block, number + 1, makers)
             target = f"self.{unit.name}"
@@ -538,9 +588,15 @@ _HOST_WORDS = {
 
 
 def print_model(
-    lowered: Lowered, *, precision: Precision, seed: int, spec: str, times: Times | None = None
+    lowered: Lowered,
+    *,
+    precision: Precision,
+    seed: int,
+    spec: str,
+    times: Times | None = None,
+    freed: Freed | None = None,
 ) -> str:
     """model.py of the lowered program. times(move) -> seconds of its forward, or None."""
     return ModelPrinter(
-        lowered, precision=precision, seed=seed, spec=quoted(spec), times=times
+        lowered, precision=precision, seed=seed, spec=quoted(spec), times=times, freed=freed
     ).print()

@@ -49,7 +49,7 @@ def runtime_files(sources: list[str]) -> dict[str, str]:
 
 
 def emit(
-    program: Program, lowered: Lowered, *, flops_per_token: float, times=None
+    program: Program, lowered: Lowered, *, flops_per_token: float, times=None, freed=None
 ) -> dict[str, str]:  # type: ignore[no-untyped-def]
     """Every file of the directory: relative path -> text. Same program and plan, same bytes."""
     train = program.train
@@ -59,6 +59,7 @@ def emit(
         seed=train.seed,
         spec=lowered.plan.spec,
         times=times,
+        freed=freed,
     )
     files = {
         "model.py": model,

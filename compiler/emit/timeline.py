@@ -15,10 +15,12 @@ from llmspec.compiler.cost.offload import ledgers
 from llmspec.compiler.cost.stage import Stage
 from llmspec.compiler.cost.step import durations
 from llmspec.compiler.graph import ModelGraph
+from llmspec.compiler.passes.recompute import by_instance
 from llmspec.compiler.plan import Plan
 from llmspec.compiler.schedules import COMPUTES, Action, Schedule, parse_action, rank_of
 from llmspec.compiler.search.meshes import Grid
 from llmspec.compiler.search.options import TensorOption
+from llmspec.compiler.search.pins import Recompute
 from llmspec.compiler.search.predicted import plan_object, predicted_object
 from llmspec.compiler.search.space import Candidate, Shape, Space
 from llmspec.compiler.views import view_of
@@ -65,7 +67,7 @@ def forecast(program: Program, plan: Plan, graph: ModelGraph) -> Forecast:
     """`graph`: of the plan's micro-batch. Errors: Unsupported for what has no price yet."""
     space = Space.of(program, lambda _: graph)
     shape = _shape(space, plan)
-    stages = [space.stage(shape, a, b) for a, b in shape.cut]
+    stages = space.stages_of(shape, by_instance(graph.instances, plan.recompute))
     data = space.data_costs(shape, stages, plan.zero, plan.mesh.shards, plan.offload)
     starts = [i for i, instance in enumerate(graph.instances) if instance.prefix]
     schedule, ranks = Schedule(plan.schedule), plan.mesh.pipeline
@@ -112,6 +114,7 @@ def _priced(space: Space, plan: Plan, shape: Shape, stages: list[Stage]) -> Cand
         times=space.times(shape, stages, zero, shards, schedule, offload, play=True),
         offload=offload,
         host=host,
+        recompute=by_instance(space.graph(1).instances, plan.recompute),
     )
 
 
@@ -137,7 +140,7 @@ def _shape(space: Space, plan: Plan) -> Shape:
         ),
         microbatch=plan.microbatch,
         microbatches=plan.microbatches,
-        recompute=tuple(plan.recompute.items()),
+        recompute=Recompute.NONE,  # each instance has its own choice
         cut=plan.stages,
     )
 

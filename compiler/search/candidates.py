@@ -6,17 +6,15 @@ from dataclasses import dataclass
 
 from llmspec.compiler.cost.memory import Ledger
 from llmspec.compiler.cost.offload import NO_HOST, HostLedger, Offload
+from llmspec.compiler.cost.recompute import Operators
 from llmspec.compiler.cost.step import Times
 from llmspec.compiler.plan import MeshSizes
 from llmspec.compiler.schedules import Schedule
 from llmspec.compiler.search.meshes import Grid
 from llmspec.compiler.search.options import TensorOption
+from llmspec.compiler.search.pins import Recompute
 from llmspec.compiler.search.stages import Cut
 from llmspec.compiler.views import View
-
-Recompute = tuple[tuple[str, str], ...]
-"""(unit, "none" | "full") of every unit, in the chain's order."""
-
 
 SIMPLER = (
     Schedule.ONE_F_ONE_B,
@@ -87,6 +85,8 @@ class Candidate:
     times: Times | None = None
     offload: Offload = ()
     host: HostLedger = NO_HOST
+    recompute: tuple[Operators, ...] = ()
+    """What each instance of the chain computes again."""
 
     @property
     def mesh(self) -> MeshSizes:
@@ -136,7 +136,7 @@ class Candidate:
             self.zero,
             self.zero > 0 and self.shards < shape.grid.data,
             -self.shards,
-            sum(policy == "full" for _, policy in shape.recompute),
+            list(Recompute).index(shape.recompute),
             shape.microbatches,
             self.interleave,
             SIMPLER.index(self.schedule),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from llmspec.compiler.search.candidates import Candidate, Outline, Shape
 from llmspec.compiler.search.meshes import shardings
+from llmspec.compiler.search.pins import Recompute
 from llmspec.compiler.search.space import Space
 
 GiB = 2**30
@@ -51,7 +52,7 @@ def shape_families(shape: Shape | Outline) -> tuple[Family, ...]:
         ("context", str(shape.grid.context)),
         ("expert", str(shape.grid.expert)),
         ("microbatch", str(shape.microbatch)),
-        ("recompute", "full" if any(p == "full" for _, p in shape.recompute) else "none"),
+        ("recompute", str(shape.recompute)),
     ]
     if shape.grid.tensor > 1:
         names.append(("sequence", "on" if shape.option.sequence else "off"))
@@ -200,8 +201,8 @@ def describe(found: Candidate) -> str:
         each = f", {found.interleave} stages a rank" if found.interleave > 1 else ""
         words.append(f"pipeline {mesh.pipeline} ({found.schedule}{each})")
     words.append(f"microbatch {shape.microbatch} x {shape.microbatches}")
-    if any(policy == "full" for _, policy in shape.recompute):
-        words.append("recompute full")
+    if shape.recompute is not Recompute.NONE:
+        words.append(f"recompute {shape.recompute}")
     if found.offload:
         words.append(f"offload {' and '.join(found.offload)}")
     return ", ".join(words)

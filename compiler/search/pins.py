@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 
 from llmspec.compiler.cost.offload import CHOICES as OFFLOADS
 from llmspec.compiler.cost.offload import Offload
@@ -39,6 +40,15 @@ def offload_value(offload: Offload) -> Option:
     if not offload:
         return "none"
     return offload[0] if len(offload) == 1 else offload
+
+
+class Recompute(StrEnum):
+    """Whether blocks compute again: nothing, what is chosen for each, all, what the spec lists."""
+
+    NONE = "none"
+    SELECTIVE = "selective"
+    FULL = "full"
+    LISTED = "listed"
 
 
 def plain(value: Option) -> Option:
@@ -84,13 +94,21 @@ class Pins:
                 return tuple(int(n) for n in constraint.values)  # type: ignore[arg-type]
         return None
 
-    def recompute(self) -> tuple[str, ...]:
-        """Errors: Unsupported for lists of operators and `selective`."""
-        for constraint in self.about("recompute"):
-            for value in constraint.values:
-                if value not in ("none", "full"):
-                    raise Unsupported(f"`recompute = {value}`", constraint.span)
-        return tuple(v for v in ("none", "full") if self.allows("recompute", v))
+    def recompute(self) -> tuple[Recompute, ...]:
+        """What blocks may compute again."""
+        kinds = (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)
+        allowed = tuple(kind for kind in kinds if self.allows("recompute", str(kind)))
+        return (*allowed, Recompute.LISTED) if self.listing("recompute") else allowed
+
+    def listing(self, key: str) -> Constraint | None:
+        """The line that gives a list of names for the key."""
+        lines = (c for c in self.about(key) if any(isinstance(v, tuple) for v in c.values))
+        return next(lines, None)
+
+    def recomputed_operators(self) -> tuple[str, ...]:
+        constraint = self.listing("recompute")
+        lists = () if constraint is None else constraint.values
+        return tuple(str(n) for v in lists if isinstance(v, tuple) for n in v)
 
 
 def _allows(constraint: Constraint, value: Option) -> bool:

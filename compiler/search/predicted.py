@@ -8,10 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 from llmspec.compiler.cost.stage import Stage
+from llmspec.compiler.passes.recompute import in_words, stretches
 from llmspec.compiler.placement import Collective
+from llmspec.compiler.plan import EVERYTHING
 from llmspec.compiler.schedules import stages_of
 from llmspec.compiler.search.candidates import Candidate
 from llmspec.compiler.search.critical_batch import batch_object
+from llmspec.compiler.search.pins import Recompute
+from llmspec.compiler.search.policies import lowered
 from llmspec.compiler.search.space import Space
 
 DIGITS = 9
@@ -56,7 +60,6 @@ def plan_object(space: Space, found: Candidate) -> Number:
     graph = space.graph(1)
     starts = [i for i, instance in enumerate(graph.instances) if instance.prefix]
     blocks = [sum(a <= i < b for i in starts) for a, b in shape.cut]
-    policies = {policy for _, policy in shape.recompute}
     return {
         "data": mesh.data,
         "shard": found.parts,
@@ -71,13 +74,35 @@ def plan_object(space: Space, found: Candidate) -> Number:
         "schedule": str(found.schedule) if mesh.pipeline > 1 else None,
         "stages": blocks,
         "microbatch": shape.microbatch,
-        "recompute": "full" if "full" in policies else "none",
-        "recompute_by_unit": dict(shape.recompute),
+        "recompute": recompute_word(space, found),
+        "recompute_by_unit": recompute_words(space, found),
         "offload": list(found.offload) or "none",
         "kernels": "eager",
         "world_size": mesh.world_size,
         "microbatches": shape.microbatches,
     }
+
+
+def recompute_word(space: Space, found: Candidate) -> str:
+    """The value of the language's key."""
+    if found.shape.recompute is Recompute.LISTED:
+        return f"[{', '.join(space.pins.recomputed_operators())}]"
+    instances = space.graph(1).instances
+    of_blocks = [o for i, o in zip(instances, found.recompute, strict=True) if i.prefix]
+    if not any(of_blocks):
+        return "none"
+    return "full" if set(of_blocks) == {EVERYTHING} else "selective"
+
+
+def recompute_words(space: Space, found: Candidate) -> dict[str, list[Number]]:
+    """Of each block that computes again: how many in a row, and which of its operators."""
+    option, size = found.shape.option, found.shape.microbatch
+    out: dict[str, list[Number]] = {}
+    for name, own in stretches(space.graph(1).instances, found.recompute).items():
+        if any(s.again for s in own):
+            unit = lowered(space.graph(size, option.view), option, name)
+            out[name] = [{"blocks": s.blocks, "again": in_words(unit, s.again)} for s in own]
+    return out
 
 
 def predicted_object(space: Space, found: Candidate) -> Number:
@@ -86,7 +111,7 @@ def predicted_object(space: Space, found: Candidate) -> Number:
     step, world = times.total, found.mesh.world_size
     tokens = program.train.batch_tokens
     shape = found.shape
-    stages = [space.stage(shape, a, b) for a, b in shape.cut]
+    stages = space.stages_of(shape, found.recompute)
     model_flops = flops_per_token(space) * tokens / world / step
     executed = sum(s.flops for s in stages) * shape.microbatches / found.mesh.pipeline / step
     waiting = times.pipeline_bubble
@@ -163,9 +188,12 @@ def collectives(space: Space, found: Candidate, stages: list[Stage]) -> list[Num
     stage = ranks[busiest]
     counted: Counter[tuple[str, str, int, int]] = Counter()
     for run in stage.runs:
-        again = 2 if run.recompute else 1
+        again = run.recompute.sends if run.recompute else ()
         for axis, kind, size, forward, backward in run.cost.sends:
-            often = run.count * shape.microbatches * (again * forward + backward)
+            often = run.count * shape.microbatches * (forward + backward)
+            counted[kind, axis, getattr(mesh, axis), size] += often
+        for axis, kind, size, times in again:
+            often = run.count * shape.microbatches * times
             counted[kind, axis, getattr(mesh, axis), size] += often
     parts = shape.grid.parts(found.zero, found.shards)
     summed = parts.largest(stage.shadow_elements, stage.expert_shadow_elements)

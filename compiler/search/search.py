@@ -10,12 +10,14 @@ from typing import Any
 from llmspec.compiler.cost.memory import Ledger
 from llmspec.compiler.cost.unit import resolve
 from llmspec.compiler.errors import Refused, Unsupported
+from llmspec.compiler.passes.recompute import stretches
 from llmspec.compiler.plan import Plan
 from llmspec.compiler.search.blocks import Problem, time_prices
 from llmspec.compiler.search.candidates import Candidate
 from llmspec.compiler.search.compare import placement_text
 from llmspec.compiler.search.explain import Lost, describe, distinct, explain
 from llmspec.compiler.search.meshes import nearest_batches
+from llmspec.compiler.search.policies import check_listed
 from llmspec.compiler.search.predicted import model_object, plan_object, predicted_object
 from llmspec.compiler.search.space import Build, Space
 from llmspec.compiler.search.walk import Walk
@@ -75,6 +77,9 @@ def search(program: Program, build: Build) -> Found | Infeasible:
         raise Unsupported(f"`prefer {program.prefer}`")
     space = Space.of(program, build)
     check_meshes(space)
+    listing = space.pins.listing("recompute")
+    if listing is not None:
+        check_listed(space.graph(1), space.pins.recomputed_operators(), listing.span)
     walk = Walk(space)
     walk.run()
     smallest = walk.smallest
@@ -163,7 +168,7 @@ def plan_of(space: Space, winner: Candidate, considered: int, fit: int) -> Plan:
         context_style=shape.option.view.style,
         offload=winner.offload,
         stages=shape.cut,
-        recompute=dict(shape.recompute),
+        recompute=stretches(space.graph(1).instances, winner.recompute),
         placements=shape.option.placements,
         actions=lists.pop(shape.microbatches, ()),
         ramp_actions={str(count): rows for count, rows in lists.items()},

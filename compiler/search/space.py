@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import product
 from math import gcd
 
 from llmspec.compiler.cost.closed import makespan_s
@@ -33,7 +32,9 @@ from llmspec.compiler.cost.offload import (
 )
 from llmspec.compiler.cost.offload import CHOICES as OFFLOADS
 from llmspec.compiler.cost.rank import Holder, fullest, holders, run_by_ranks
-from llmspec.compiler.cost.stage import Run, Stage
+from llmspec.compiler.cost.recompute import Again
+from llmspec.compiler.cost.recompute import Operators as Recomputed
+from llmspec.compiler.cost.stage import Run, Stage, together
 from llmspec.compiler.cost.step import (
     Times,
     durations,
@@ -43,16 +44,17 @@ from llmspec.compiler.cost.step import (
 )
 from llmspec.compiler.cost.types import Types, types_of
 from llmspec.compiler.cost.unit import UnitCost, resolve, unit_cost
-from llmspec.compiler.graph import ModelGraph
+from llmspec.compiler.graph import Instance, ModelGraph
 from llmspec.compiler.passes.context import possible_styles
 from llmspec.compiler.passes.experts import expert_divisor
 from llmspec.compiler.placement import Collective
-from llmspec.compiler.plan import MeshSizes
+from llmspec.compiler.plan import EVERYTHING, MeshSizes
 from llmspec.compiler.schedules import Schedule, actions, stages_of
-from llmspec.compiler.search.candidates import SIMPLER, Candidate, Outline, Recompute, Shape, Sketch
+from llmspec.compiler.search.candidates import SIMPLER, Candidate, Outline, Shape, Sketch
 from llmspec.compiler.search.meshes import Grid, divisors, grids, shardings
 from llmspec.compiler.search.options import TensorOption, seen_as, tensor_options
-from llmspec.compiler.search.pins import Pins
+from llmspec.compiler.search.pins import Pins, Recompute
+from llmspec.compiler.search.policies import Chosen, Policies, fitting
 from llmspec.compiler.search.stages import Cut, balanced, block_starts, cut_at
 from llmspec.compiler.views import WHOLE_VIEW, View, seen
 from llmspec.dsl.program import Program
@@ -84,6 +86,7 @@ class Space:
     options: dict[tuple[int, View, Operators], list[TensorOption]] = field(default_factory=dict)
     unit_costs: dict[tuple[int, int], dict[str, UnitCost]] = field(default_factory=dict)
     stages: dict[tuple[object, ...], Stage] = field(default_factory=dict)
+    choices: dict[tuple[object, ...], Chosen | None] = field(default_factory=dict)
     lists: dict[tuple[object, ...], dict[int, tuple[str, ...]]] = field(default_factory=dict)
     offloads: tuple[Offload, ...] = ((),)
     """What may live in host memory, a choice a tuple."""
@@ -139,6 +142,10 @@ class Space:
             whole = self.build(microbatch) if view == WHOLE_VIEW else self.graph(microbatch)
             self.graphs[key] = seen(whole, view)
         return self.graphs[key]
+
+    @cached_property
+    def instances(self) -> tuple[Instance, ...]:
+        return self.graph(1).instances
 
     @cached_property
     def blocks(self) -> int:
@@ -201,17 +208,49 @@ class Space:
         return self.operators[microbatch]
 
     def recomputes(self) -> list[Recompute]:
-        """Every choice for the repeated units; what stands alone is never recomputed."""
-        graph = self.graph(1)
-        repeated = list(dict.fromkeys(i.unit for i in graph.instances if i.prefix))
-        policies = self.pins.recompute()
-        if not repeated and "none" in policies:
-            policies = ("none",)
-        found = []
-        for chosen in product(policies, repeat=len(repeated)):
-            by_unit = dict(zip(repeated, chosen, strict=True))
-            found.append(tuple((name, by_unit.get(name, "none")) for name in graph.units))
-        return found
+        """What blocks may do; what stands alone never computes again."""
+        allowed = self.pins.recompute()
+        alone = not any(i.prefix for i in self.instances)
+        return [Recompute.NONE] if alone and Recompute.NONE in allowed else list(allowed)
+
+    @cached_property
+    def policies(self) -> Policies:
+        return Policies(self.graph, self.machine, self.types)
+
+    def agains(
+        self, option: TensorOption, microbatch: int, start: int, operators: Chosen
+    ) -> tuple[Again | None, ...]:
+        """The prices of what instances from `start` on compute again."""
+        own = self.instances[start : start + len(operators)]
+        again = self.policies.again
+        return tuple(
+            again(option, microbatch, i.unit, o) for i, o in zip(own, operators, strict=True)
+        )
+
+    def alike(
+        self, option: TensorOption, microbatch: int, recompute: Recompute, start: int, stop: int
+    ) -> Chosen:
+        """What instances compute again where all blocks do the same; nothing where each has its
+        own choice."""
+        by_unit: dict[str, Recomputed] = {}
+        for instance in self.instances[start:stop]:
+            name = instance.unit
+            if instance.prefix and name not in by_unit:
+                by_unit[name] = self._of_each(option, microbatch, recompute, name)
+        own = self.instances[start:stop]
+        return tuple(by_unit.get(i.unit, ()) if i.prefix else () for i in own)
+
+    def _of_each(
+        self, option: TensorOption, microbatch: int, recompute: Recompute, name: str
+    ) -> Recomputed:
+        match recompute:
+            case Recompute.FULL:
+                return EVERYTHING
+            case Recompute.LISTED:
+                names = self.pins.recomputed_operators()
+                return self.policies.listed(option, microbatch, name, names)
+            case _:
+                return ()
 
     def microbatches(self, grid: Grid) -> Iterator[tuple[int, int]]:
         """(sequences of a micro-batch, how many) that make up the batch, and each size of its ramp,
@@ -262,78 +301,80 @@ class Space:
             }
         return self.unit_costs[key]
 
-    def cuts(
-        self,
-        option: TensorOption,
-        microbatch: int,
-        recompute: Recompute,
-        pipeline: int,
-        interleave: int = 1,
-    ) -> list[Cut]:
+    def cuts(self, outline: Outline, interleave: int = 1) -> list[Cut]:
         """The fastest cut; with one stage on each rank also one that evens out what 1F1B's stages
         hold. Several are so small that their ranks hold much the same."""
+        pipeline = outline.grid.pipeline
         graph = self.graph(1)
         if pipeline == 1:
             return [((0, len(graph.instances)),)]
         pinned = self.pins.stage_blocks()
         if pinned is not None:
             return [cut_at(graph, pinned)] if sum(pinned) == self.blocks else []
-        times, held = self._block_weights(option, microbatch, recompute)
+        times, held = self._block_weights(outline)
         ways = [balanced(times, pipeline * interleave)]
         if interleave == 1:
             in_flight = [float(pipeline - s) for s in range(pipeline)]
             ways.append(balanced(held, pipeline, in_flight))
         return [cut_at(graph, blocks) for blocks in dict.fromkeys(ways)]
 
-    def _block_weights(
-        self, option: TensorOption, microbatch: int, recompute: Recompute
-    ) -> tuple[list[float], list[float]]:
+    def _block_weights(self, outline: Outline) -> tuple[list[float], list[float]]:
         """Seconds and kept bytes of each block, with what rides along with it."""
-        costs, policy = self.costs(option, microbatch), dict(recompute)
+        option, size = outline.option, outline.microbatch
         starts = block_starts(self.graph(1))
-        stops = [*starts[1:], len(self.graph(1).instances)]
+        stops = [*starts[1:], len(self.instances)]
         times, held = [], []
         for start, stop in zip(starts, stops, strict=True):
-            stage = self._stage_of(costs, policy, start, stop, pipeline=2)
+            chosen = self.alike(option, size, outline.recompute, start, stop)
+            stage = self._stage_of(option, size, chosen, start, pipeline=2)
             times.append(stage.busy_s)
             held.append(float(stage.kept_bytes(0)))
         return times, held
 
     def stage(self, shape: Shape, start: int, stop: int) -> Stage:
-        units = self.graph(1).instances[start:stop]
+        units = self.instances[start:stop]
         pipeline = shape.grid.pipeline
         names = tuple(i.unit for i in units)
         key = (id(shape.option), shape.microbatch, shape.recompute, names, pipeline == 1)
         if key not in self.stages:
-            costs = self.costs(shape.option, shape.microbatch)
-            policy = dict(shape.recompute)
-            self.stages[key] = self._stage_of(costs, policy, start, stop, pipeline)
+            option, size = shape.option, shape.microbatch
+            chosen = self.alike(option, size, shape.recompute, start, stop)
+            self.stages[key] = self._stage_of(option, size, chosen, start, pipeline)
         return self.stages[key]
 
+    def stages_of(self, shape: Shape, chosen: Chosen) -> list[Stage]:
+        """The stages of a shape whose instances compute again what is chosen for each."""
+        made = []
+        for start, stop in shape.cut:
+            own, pipeline = chosen[start:stop], shape.grid.pipeline
+            names = tuple(i.unit for i in self.instances[start:stop])
+            key = (id(shape.option), shape.microbatch, own, names, pipeline == 1)
+            if key not in self.stages:
+                option, size = shape.option, shape.microbatch
+                self.stages[key] = self._stage_of(option, size, own, start, pipeline)
+            made.append(self.stages[key])
+        return made
+
     def _stage_of(
-        self,
-        costs: dict[str, UnitCost],
-        policy: dict[str, str],
-        start: int,
-        stop: int,
-        pipeline: int,
+        self, option: TensorOption, microbatch: int, chosen: Chosen, start: int, pipeline: int
     ) -> Stage:
-        graph = self.graph(1)
+        costs = self.costs(option, microbatch)
+        agains = self.agains(option, microbatch, start, chosen)
         tied = any(c.tied_elements for c in costs.values())
-        counted: list[tuple[str, bool, int, bool]] = []
-        last = len(graph.instances) - 1
-        for index, instance in enumerate(graph.instances[start:stop], start):
-            name, own = instance.unit, bool(instance.prefix) or pipeline > 1 or not tied
-            if counted and counted[-1][:2] == (name, own) and index < last:
-                counted[-1] = (name, own, counted[-1][2] + 1, counted[-1][3])
+        runs: list[Run] = []
+        before: tuple[object, ...] = ()
+        last = len(self.instances) - 1
+        for index, again in enumerate(agains, start):
+            instance, block = self.instances[index], 0 < index < last
+            own = bool(instance.prefix) or pipeline > 1 or not tied
+            kind = (instance.unit, id(again), own, block)
+            if kind == before:
+                runs[-1] = Run(runs[-1].cost, runs[-1].count + 1, again, own, block)
             else:
-                counted.append((name, own, 1, 0 < index < last))
-        runs = tuple(
-            Run(costs[n], count, policy[n] == "full", own, block)
-            for n, own, count, block in counted
-        )
+                runs.append(Run(costs[instance.unit], 1, again, own, block))
+            before = kind
         copies = sum(r.cost.tied_elements * r.count for r in runs) if pipeline > 1 else 0
-        return Stage(runs, copies)
+        return Stage(tuple(runs), copies)
 
     def mesh(self, grid: Grid, shards: int) -> MeshSizes:
         return MeshSizes(
@@ -534,14 +575,13 @@ class Space:
     def _outline(self, sketch: Sketch, option: TensorOption, recompute: Recompute) -> Outline:
         """The bounds are those of equal stages: the worst one is no better than their mean."""
         grid, microbatch, microbatches = sketch.grid, sketch.microbatch, sketch.microbatches
-        key = (id(option), microbatch, recompute)
-        if key not in self.stages:
-            costs, stop = self.costs(option, microbatch), len(self.graph(1).instances)
-            self.stages[key] = self._stage_of(costs, dict(recompute), 0, stop, pipeline=1)
-        whole = self.stages[key]
+        whole = self._whole(option, microbatch, recompute)
+        fewest = whole
+        if recompute is Recompute.SELECTIVE:
+            fewest = self._whole(option, microbatch, Recompute.FULL)
         sharing = grid.data * grid.context
         elements = whole.elements + (sketch.view.expert - 1) * whole.expert_elements
-        of_one, kept = self._least_kept(whole)
+        of_one, kept = self._least_kept(fewest)
         fixed = self.machine.fixed_bytes
         return Outline(
             option=option,
@@ -565,13 +605,21 @@ class Space:
             kept -= sum(run.count * away_bytes(run) for run in whole.runs)
         return weights + moments, kept
 
+    def _whole(self, option: TensorOption, microbatch: int, recompute: Recompute) -> Stage:
+        """The chain as one stage, all blocks alike."""
+        key = (id(option), microbatch, recompute)
+        if key not in self.stages:
+            instances = len(self.instances)
+            chosen = self.alike(option, microbatch, recompute, 0, instances)
+            self.stages[key] = self._stage_of(option, microbatch, chosen, 0, pipeline=1)
+        return self.stages[key]
+
     def shapes(self, outline: Outline, interleave: int = 1) -> list[Shape]:
-        option, grid = outline.option, outline.grid
-        cuts = self.cuts(option, outline.microbatch, outline.recompute, grid.pipeline, interleave)
+        cuts = self.cuts(outline, interleave)
         return [
             Shape(
-                option=option,
-                grid=grid,
+                option=outline.option,
+                grid=outline.grid,
                 microbatch=outline.microbatch,
                 microbatches=outline.microbatches,
                 recompute=outline.recompute,
@@ -592,16 +640,17 @@ class Space:
                 yield interleave, found
 
     def candidates(self, outline: Outline) -> Iterator[Candidate]:
-        """Every plan of an outline; those that do not fit have no times."""
+        """Every plan of an outline; those that do not fit have no times. Where each block has its
+        own choice, the fastest choice that fits; no plan where nothing needs to be computed
+        again, unless the spec asks for it."""
         for interleave, schedules in self.ways(outline):
             for shape in self.shapes(outline, interleave):
-                stages = [self.stage(shape, a, b) for a, b in shape.cut]
                 for zero, shards in shardings(shape.grid, self.pins):
                     for schedule in schedules:
-                        yield from self._candidates(shape, stages, zero, shards, schedule)
+                        yield from self._candidates(shape, zero, shards, schedule)
 
     def _candidates(
-        self, shape: Shape, stages: list[Stage], zero: int, shards: int, schedule: Schedule
+        self, shape: Shape, zero: int, shards: int, schedule: Schedule
     ) -> Iterator[Candidate]:
         """With each use of host memory. What adds one to a plan that fits is slower."""
         fitting: list[Offload] = []
@@ -610,7 +659,10 @@ class Space:
                 continue
             if PARAMETERS in offload and not self._parameters_can_leave(shape.grid, zero):
                 continue
-            found = self._candidate(shape, stages, zero, shards, schedule, offload)
+            chosen = self.chosen(shape, zero, shards, schedule, offload)
+            if chosen is None:
+                continue
+            found = self._candidate(shape, chosen, zero, shards, schedule, offload)
             if found is None:
                 continue
             if found.times is not None:
@@ -622,24 +674,86 @@ class Space:
         """FSDP2 holds what leaves; it leaves alone experts that no other rank has."""
         return zero == 3 and (grid.expert == 1 or grid.data * grid.context > grid.expert)
 
+    def chosen(
+        self, shape: Shape, zero: int, shards: int, schedule: Schedule, offload: Offload
+    ) -> Chosen | None:
+        """What every instance computes again; None where nothing need be."""
+        count = len(self.instances)
+        option, size = shape.option, shape.microbatch
+        if shape.recompute is not Recompute.SELECTIVE:
+            return self.alike(option, size, shape.recompute, 0, count)
+        some = Recompute.NONE not in self.pins.recompute()
+        bare = [self.stage(shape, a, b) for a, b in shape.cut]
+        plain = self.residence(shape, zero, shards)
+        out: list[Recomputed] = [()] * count
+        for rank, holder in enumerate(self.holders(shape, bare, zero, schedule)):
+            mine = stages_of(schedule, rank, len(bare), shape.grid.pipeline)
+            spans = tuple(shape.cut[s] for s in mine)
+            found = self._for_rank(shape, spans, holder, holder.home(plain), offload, some)
+            if found is None:  # nothing fits
+                return self.alike(option, size, Recompute.FULL, 0, count)
+            places = [i for a, b in spans for i in range(a, b)]
+            for place, own in zip(places, found, strict=True):
+                out[place] = own
+        return tuple(out) if any(out) else None
+
+    def _for_rank(
+        self,
+        shape: Shape,
+        spans: Cut,
+        holder: Holder,
+        home: Residence,
+        offload: Offload,
+        some: bool,
+    ) -> Chosen | None:
+        """The fastest choice for the instances of a rank's stages that fits; None when none
+        does."""
+        own = [i for a, b in spans for i in self.instances[a:b]]
+        names = tuple(tuple(i.unit for i in self.instances[a:b]) for a, b in spans)
+        alone = shape.grid.pipeline == 1
+        key = (id(shape.option), shape.microbatch, names, alone, home, offload, some)
+        if key not in self.choices:
+            self.choices[key] = fitting(
+                self.policies,
+                shape.option,
+                shape.microbatch,
+                holder.stage,
+                tuple(i.unit if i.prefix else "" for i in own),
+                home,
+                offload=offload,
+                budget_bytes=self.budget_bytes,
+                some=some,
+                make=lambda chosen: self._together(shape, spans, chosen),
+            )
+        return self.choices[key]
+
+    def _together(self, shape: Shape, spans: Cut, chosen: Chosen) -> Stage:
+        """A rank's stages with a choice for each of their instances."""
+        made, place = [], 0
+        for start, stop in spans:
+            part, place = chosen[place : place + stop - start], place + stop - start
+            option, size = shape.option, shape.microbatch
+            made.append(self._stage_of(option, size, part, start, shape.grid.pipeline))
+        return together(made)
+
     def smallest_of(self, outline: Outline) -> Iterator[Candidate]:
         """Of each ZeRO level the plan that shards most, for what cannot fit anyway."""
         for interleave, schedules in list(self.ways(outline))[:1]:
             for shape in self.shapes(outline, interleave)[-1:]:
-                stages = [self.stage(shape, a, b) for a, b in shape.cut]
                 for zero, shards in dict(shardings(outline.grid, self.pins)).items():
-                    yield from self._candidates(shape, stages, zero, shards, schedules[0])
+                    yield from self._candidates(shape, zero, shards, schedules[0])
 
     def _candidate(
         self,
         shape: Shape,
-        stages: list[Stage],
+        chosen: Chosen,
         zero: int,
         shards: int,
         schedule: Schedule,
         offload: Offload,
     ) -> Candidate | None:
         """None when the host has no memory for it."""
+        stages = self.stages_of(shape, chosen)
         memory, host = self.worst_ledger(shape, stages, zero, shards, schedule, offload)
         if host.total > self.host_bytes:
             least = min(host.total, self.host_needed.get(0, host.total))
@@ -657,12 +771,13 @@ class Space:
             times=times,
             offload=offload,
             host=host,
+            recompute=chosen,
         )
 
     def played(self, candidate: Candidate) -> Candidate:
         """The same plan, its time taken from its action lists."""
         shape = candidate.shape
-        stages = [self.stage(shape, a, b) for a, b in shape.cut]
+        stages = self.stages_of(shape, candidate.recompute)
         times = self.times(
             shape,
             stages,

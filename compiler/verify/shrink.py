@@ -6,13 +6,15 @@ ZeRO level, schedule, recomputation and unevenness are the plan's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import gcd, lcm
 
 from llmspec.compiler import schedules
-from llmspec.compiler.plan import MeshSizes, Plan
+from llmspec.compiler.build.model import build_model
+from llmspec.compiler.graph import ModelGraph
+from llmspec.compiler.plan import MeshSizes, Plan, Stretch
 from llmspec.dsl.program import (
     Arithmetic,
     Assign,
@@ -43,6 +45,7 @@ def shrink(program: Program, plan: Plan, largest: int = 2) -> tuple[Program, Pla
     stages = mesh.pipeline * plan.interleave
     model = program.model
     blocks = plan.stages[-1][1] - 2
+    recompute = plan.recompute
     if isinstance(model, Model):
         exchanged = plan.context_style == "ulysses"
         sizes = Sizes(
@@ -51,8 +54,10 @@ def shrink(program: Program, plan: Plan, largest: int = 2) -> tuple[Program, Pla
             expert_ranks=mesh.expert,
             head_ranks=mesh.tensor * mesh.context if exchanged else 1,
         )
-        model = small_model(model, stages, sizes)
+        kinds = max((len({s.again for s in own}) for own in recompute.values()), default=1)
+        model = small_model(model, stages, sizes, kinds)
         blocks = block_count(model)
+        recompute = small_recompute(recompute, build_model(model, sequences=1, tokens=TOKENS))
     microbatch = min(plan.microbatch, 2)
     # enough that the pipeline's steady state is there
     microbatches = min(plan.microbatches, max(4, 2 * mesh.pipeline))
@@ -68,6 +73,7 @@ def shrink(program: Program, plan: Plan, largest: int = 2) -> tuple[Program, Pla
         microbatch=microbatch,
         microbatches=microbatches,
         stages=small_stages(plan.stages, stages, blocks),
+        recompute=recompute,
         actions=(),
         ramp_actions={},
         predicted={},
@@ -124,6 +130,22 @@ def small_stages(
     return tuple(pairwise(bounds))
 
 
+def small_recompute(
+    recompute: Mapping[str, tuple[Stretch, ...]], graph: ModelGraph
+) -> dict[str, tuple[Stretch, ...]]:
+    """Every kind of choice that the blocks of a unit have, as far as there are blocks."""
+    small = {}
+    for name, own in recompute.items():
+        uses = sum(i.unit == name for i in graph.instances)
+        kinds = list(dict.fromkeys(s.again for s in own))[:uses]
+        share = uses // len(kinds)
+        first = uses - share * (len(kinds) - 1)
+        small[name] = tuple(
+            Stretch(blocks=share if i else first, again=again) for i, again in enumerate(kinds)
+        )
+    return small
+
+
 # --------------------------------------------------------------------------------------------------
 # Models
 
@@ -158,10 +180,11 @@ def block_count(model: Model) -> int:
     return len(kinds[first:last])
 
 
-def small_model(model: Model, stages: int, sizes: Sizes) -> Model:
-    """Every size small, equal sizes equal, and enough blocks for an uneven cut into stages."""
+def small_model(model: Model, stages: int, sizes: Sizes, kinds: int = 1) -> Model:
+    """Every size small, equal sizes equal, and enough blocks for an uneven cut into stages and for
+    `kinds` of blocks that compute different things again."""
     repeats = sum(len(b.value.body) for b in model.body if isinstance(b.value, Repeat))
-    wanted = stages + 1 if stages > 1 else 2
+    wanted = max(stages + 1 if stages > 1 else 2, kinds)
     rounds = -(-wanted // max(repeats, 1))
     return replace(
         model,

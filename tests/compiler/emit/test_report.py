@@ -15,7 +15,7 @@ from llmspec.compiler.cost.memory import Ledger
 from llmspec.compiler.cost.play import play_s
 from llmspec.compiler.emit.report import print_report
 from llmspec.compiler.emit.timeline import Forecast, StageForecast, computing, forecast, play
-from llmspec.compiler.plan import Plan
+from llmspec.compiler.plan import EVERYTHING, Plan, Stretch
 from llmspec.compiler.schedules import Schedule, actions, parse_action
 from llmspec.compiler.search.search import Found
 from llmspec.dsl import load
@@ -117,7 +117,9 @@ def test_timeline_is_the_predicted_step(tmp_path: Path, ranks: int, pins: str) -
 
 def test_an_edited_plan_is_priced_as_it_stands(tmp_path: Path) -> None:
     session, plan = planned(tmp_path, *PLANS[2])
-    edited = replace(plan, recompute={**plan.recompute, "layer": "full"})
+    blocks = sum(s.blocks for s in plan.recompute["layer"])
+    again = (Stretch(blocks=blocks, again=EVERYTHING),)
+    edited = replace(plan, recompute={**plan.recompute, "layer": again})
     page = Page(print_report(session.program, driver.lower_plan(session, edited)))
     before = plan.predicted["predicted"]
     assert page.numbers["time"]["compute"] > before["time_s"]["compute"]

@@ -5,7 +5,7 @@ import pytest
 from llmspec.compiler.build.model import build_model
 from llmspec.compiler.errors import Refused, Unsupported
 from llmspec.compiler.lower import lower
-from llmspec.compiler.plan import from_json, to_json
+from llmspec.compiler.plan import EVERYTHING, from_json, to_json
 from llmspec.compiler.raising import raise_model, record
 from llmspec.compiler.search import Found, Infeasible, search
 from llmspec.compiler.search.options import parameter_share
@@ -62,7 +62,7 @@ def test_pins_hold():
     assert (plan.mesh.tensor, plan.mesh.pipeline, plan.mesh.data, plan.zero) == (2, 2, 2, 2)
     assert (plan.sequence, plan.schedule, plan.microbatch) == (False, "gpipe", 2)
     assert plan.stages == ((0, 2), (2, 6))
-    assert plan.recompute["layer"] == "full"
+    assert {s.again for s in plan.recompute["layer"]} == {EVERYTHING}
     assert len(plan.actions) == 2
 
 

@@ -11,6 +11,8 @@ from torch import fx
 
 from llmspec.compiler.graph import INTEGER_INPUTS, ModelGraph, Unit
 from llmspec.compiler.ops.registry import choices, entry_of, shape_of, tensor_operands
+from llmspec.compiler.passes.recompute import Operators, runs, stretches
+from llmspec.compiler.passes.shard import shard_unit, whole_placement
 from llmspec.compiler.placement import (
     SHADOW,
     WHOLE,
@@ -19,7 +21,7 @@ from llmspec.compiler.placement import (
     State,
     conversion,
 )
-from llmspec.compiler.plan import MeshSizes, Plan, UnitPlacement
+from llmspec.compiler.plan import EVERYTHING, MeshSizes, Plan, Stretch, UnitPlacement
 from llmspec.compiler.verify.shrink import schedule_actions
 
 # --------------------------------------------------------------------------------------------------
@@ -197,6 +199,21 @@ def random_mesh(rng: random.Random, blocks: int, most: int) -> MeshSizes:
             return mesh
 
 
+def random_recompute(
+    graph: ModelGraph, placements: dict[str, UnitPlacement], ranks: int, rng: random.Random
+) -> dict[str, tuple[Stretch, ...]]:
+    """Any operators of each block, also such that nobody asks for."""
+    chosen: list[Operators] = []
+    for instance in graph.instances:
+        unit = graph.units[instance.unit]
+        placed = placements[instance.unit] if ranks > 1 else whole_placement(unit)
+        names = [n.name for n in shard_unit(unit, placed, ranks).calls() if runs(n)]
+        some = tuple(n for n in names if rng.random() < 0.5)
+        kinds: list[Operators] = [(), some, some, EVERYTHING]
+        chosen.append(rng.choice(kinds) if instance.prefix else ())
+    return stretches(graph.instances, chosen)
+
+
 def random_plan(graph: ModelGraph, rng: random.Random, most: int = 6) -> Plan:
     """A legal plan; its graph must have been built for `plan.microbatch` sequences of 16 tokens."""
     blocks = len(graph.instances) - 2
@@ -207,6 +224,7 @@ def random_plan(graph: ModelGraph, rng: random.Random, most: int = 6) -> Plan:
         zero, mesh = 0, replace(mesh, replicas=mesh.shards, shards=1)
     cut = rng.randint(1, max(blocks - 1, 1)) + 1
     whole = len(graph.instances)
+    placements = {} if mesh.tensor == 1 else random_placements(graph, mesh.tensor, rng, sequence)
     plan = Plan(
         spec="test.llmspec",
         spec_hash="0" * 12,
@@ -219,7 +237,7 @@ def random_plan(graph: ModelGraph, rng: random.Random, most: int = 6) -> Plan:
         microbatches=rng.choice([1, 2, 3]),
         schedule=rng.choice(["gpipe", "1f1b"]),
         stages=((0, whole),) if mesh.pipeline == 1 else ((0, cut), (cut, whole)),
-        recompute={name: rng.choice(["none", "full"]) for name in graph.units if name[0] == "b"},
-        placements={} if mesh.tensor == 1 else random_placements(graph, mesh.tensor, rng, sequence),
+        recompute=random_recompute(graph, placements, mesh.tensor, rng),
+        placements=placements,
     )
     return replace(plan, actions=schedule_actions(plan)) if mesh.pipeline > 1 else plan

@@ -1,0 +1,341 @@
+"""What the blocks of each stage compute again: priced, and chosen to fit the memory at the least
+time."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llmspec.compiler.cost.hardware import Machine
+from llmspec.compiler.cost.memory import Residence, cast_bytes, moving_bytes
+from llmspec.compiler.cost.offload import ACTIVATIONS, Offload, ledgers
+from llmspec.compiler.cost.recompute import Again, Flow, Operators, flow_of
+from llmspec.compiler.cost.stage import Run, Stage
+from llmspec.compiler.cost.types import Types
+from llmspec.compiler.errors import Refused
+from llmspec.compiler.graph import ModelGraph, Unit
+from llmspec.compiler.ops import collective
+from llmspec.compiler.ops.registry import entry_of
+from llmspec.compiler.passes.shard import shard_unit, whole_placement
+from llmspec.compiler.plan import EVERYTHING
+from llmspec.compiler.search.options import TensorOption
+from llmspec.compiler.search.recompute import corners
+from llmspec.dsl.diagnostics import Diagnostic, did_you_mean
+from llmspec.dsl.plans import operator_kind
+from llmspec.dsl.program import Span
+
+Chosen = tuple[Operators, ...]
+"""What each instance of a stretch of the chain computes again."""
+TRIES = 64
+"""Mixtures whose ledger is worked out before a stage counts as one that nothing makes fit."""
+
+
+def lowered(graph: ModelGraph, option: TensorOption, name: str) -> Unit:
+    unit = graph.units[name]
+    placed = option.placements[name] if option.ranks > 1 else whole_placement(unit)
+    return shard_unit(unit, placed, option.ranks)
+
+
+@dataclass
+class Policies:
+    """`graph(microbatch, view)`: what one rank sees of the model. Everything is worked out once."""
+
+    graph: Callable[..., ModelGraph]
+    machine: Machine
+    types: Types
+    flows: dict[tuple[int, int, str], Flow] = field(default_factory=dict)
+    priced: dict[tuple[int, int, str, Operators], Again | None] = field(default_factory=dict)
+    found: dict[tuple[int, str], tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    lists: dict[tuple[int, int, str], list[Again]] = field(default_factory=dict)
+    mixtures: dict[tuple[object, ...], Mixtures] = field(default_factory=dict)
+
+    def flow(self, option: TensorOption, microbatch: int, name: str) -> Flow:
+        key = (id(option), microbatch, name)
+        if key not in self.flows:
+            unit = lowered(self.graph(microbatch, option.view), option, name)
+            width = self.types.compute
+            self.flows[key] = flow_of(unit, option.where, self.machine, width, option.inner)
+        return self.flows[key]
+
+    def again(
+        self, option: TensorOption, microbatch: int, name: str, operators: Operators
+    ) -> Again | None:
+        """The price of a choice for one use of a unit; None when nothing runs again."""
+        key = (id(option), microbatch, name, operators)
+        if key not in self.priced:
+            made = self.flow(option, microbatch, name).again(operators) if operators else None
+            self.priced[key] = made if made and made.operators else None
+        return self.priced[key]
+
+    def choices(self, option: TensorOption, microbatch: int, name: str) -> list[Again]:
+        """What is worth computing again in a unit. Sets of operators are found at the first
+        micro-batch that is asked for, and priced at each."""
+        at = (id(option), microbatch, name)
+        if at not in self.lists:
+            key, flow = (id(option), name), self.flow(option, microbatch, name)
+            if key not in self.found:
+                self.found[key] = corners(flow)
+            sets: list[Operators] = [*self.found[key], EVERYTHING]
+            self.lists[at] = [flow.again(operators) for operators in sets]
+        return self.lists[at]
+
+    def listed(
+        self, option: TensorOption, microbatch: int, name: str, names: Sequence[str]
+    ) -> Operators:
+        """What a unit computes again when operators are listed: what its backward asks for."""
+        unit = lowered(self.graph(microbatch, option.view), option, name)
+        return self.flow(option, microbatch, name).again(listed(unit, names)).operators
+
+    def mix(
+        self,
+        option: TensorOption,
+        microbatch: int,
+        counts: Mapping[str, int],
+        casts: Mapping[str, int],
+    ) -> Mixtures:
+        """Of the blocks of one stage: how many of each unit, and the bytes of a block's cast
+        weights that autograd keeps."""
+        key = (id(option), microbatch, tuple(counts.items()), tuple(casts.items()))
+        if key not in self.mixtures:
+            units = tuple(
+                _Choices(name, count, self.choices(option, microbatch, name), casts[name])
+                for name, count in counts.items()
+            )
+            self.mixtures[key] = Mixtures(units)
+        return self.mixtures[key]
+
+
+@dataclass(frozen=True, slots=True)
+class _Choices:
+    """Of one unit's `count` blocks in a stage, with the bytes of its cast weights."""
+
+    unit: str
+    count: int
+    found: list[Again]
+    cast_bytes: int
+
+    def kept(self, again: Again) -> int:
+        return again.kept_bytes + (self.cast_bytes if again.keeps_casts else 0)
+
+    def returning(self, again: Again) -> int:
+        return again.working_bytes + (0 if again.keeps_casts else self.cast_bytes)
+
+    def worthwhile(self) -> list[Again]:
+        """Those that no other beats, from the most bytes kept to the fewest."""
+        out: list[Again] = []
+        order = sorted(self.found, key=lambda a: (self.kept(a), a.whole_s, a.working_bytes))
+        for one in order:
+            if not out or one.whole_s < out[-1].whole_s:
+                out.append(one)
+        return out[::-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """The first `count` of one unit's blocks compute `first` again, the others `rest`."""
+
+    first: Operators
+    count: int
+    rest: Operators
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Mixtures: seconds and kept bytes of one micro-batch, and the most bytes at once as the blocks
+    go backward (of a single unit's blocks; else what is kept). rows: of each unit, the places of
+    its choices for the first and the other blocks, and how many the first are."""
+
+    seconds: np.ndarray
+    kept: np.ndarray
+    most: np.ndarray
+    rows: np.ndarray
+
+    def take(self, order: np.ndarray) -> _Table:
+        return _Table(self.seconds[order], self.kept[order], self.most[order], self.rows[order])
+
+    def times(self, other: _Table) -> _Table:
+        seconds = (self.seconds[:, None] + other.seconds[None, :]).ravel()
+        kept = (self.kept[:, None] + other.kept[None, :]).ravel()
+        left = np.repeat(self.rows, len(other.rows), axis=0)
+        right = np.tile(other.rows, (len(self.rows), 1, 1))
+        return _Table(seconds, kept, kept, np.concatenate([left, right], axis=1))
+
+    def not_beaten(self) -> _Table:
+        """The fewest bytes at each time."""
+        order = np.lexsort((self.kept, self.seconds))
+        kept = self.kept[order]
+        least = np.minimum.accumulate(kept)
+        return self.take(order[np.concatenate([[True], kept[1:] < least[:-1]])])
+
+
+def _mixtures_of(own: _Choices, found: list[Again]) -> _Table:
+    seconds = np.array([a.whole_s for a in found])
+    kept = np.array([own.kept(a) for a in found], dtype=float)
+    back = np.array([own.returning(a) for a in found], dtype=float)
+    count = np.arange(own.count)
+    more, less, first = np.meshgrid(np.arange(len(found)), np.arange(len(found)), count)
+    # the same for all is one choice, with none of it first
+    open_ = ((less > more) & (first > 0)) | ((less == more) & (first == 0))
+    more, less, first = more[open_], less[open_], first[open_]
+    rest = own.count - first
+    early = first * kept[less]
+    most = early + rest * kept[more] + back[more]
+    most = np.where(first > 0, np.maximum(most, early + back[less]), most)
+    return _Table(
+        first * seconds[less] + rest * seconds[more],
+        early + rest * kept[more],
+        most,
+        np.stack([less, first, more], axis=1)[:, None, :],
+    )
+
+
+class Mixtures:
+    """Every way to have at most two choices for each unit's blocks of one stage, the one that keeps
+    less in the earlier blocks: what they compute again is back when the later ones are gone."""
+
+    def __init__(self, units: tuple[_Choices, ...]):
+        self.units = tuple(u.unit for u in units)
+        self.found = [own.worthwhile() for own in units]
+        first, *others = (_mixtures_of(u, f) for u, f in zip(units, self.found, strict=True))
+        table = first
+        for other in others:
+            table = table.not_beaten().times(other.not_beaten())
+        self.table = table.take(np.lexsort((table.most, table.kept, table.seconds)))
+
+    def within(
+        self, in_flight: float, kept_bytes: float, most_bytes: float, *, some: bool
+    ) -> Iterator[tuple[Split, ...]]:
+        """Those that may fit, the fastest first: `in_flight` micro-batches keep at most kept_bytes,
+        and in the last one's backward there are at most most_bytes. `some`: something must run
+        again."""
+        table = self.table
+        fits = in_flight * table.kept <= kept_bytes
+        fits &= (in_flight - 1) * table.kept + table.most <= most_bytes
+        for place in np.flatnonzero(fits)[: TRIES + 1]:
+            if not (some and table.seconds[place] == 0.0):
+                yield self._splits(table.rows[place])
+
+    def _splits(self, row: np.ndarray) -> tuple[Split, ...]:
+        return tuple(
+            Split(found[less].operators, int(first), found[more].operators)
+            for found, (less, first, more) in zip(self.found, row, strict=True)
+        )
+
+    def spread(self, splits: Sequence[Split], names: Sequence[str]) -> Chosen:
+        """The choice of each of a stage's instances, `names` their units; "" for what stands
+        alone."""
+        by_unit = dict(zip(self.units, splits, strict=True))
+        seen = dict.fromkeys(self.units, 0)
+        out: list[Operators] = []
+        for name in names:
+            if name not in by_unit:
+                out.append(())
+                continue
+            split = by_unit[name]
+            out.append(split.first if seen[name] < split.count else split.rest)
+            seen[name] += 1
+        return tuple(out)
+
+
+def fitting(
+    policies: Policies,
+    option: TensorOption,
+    microbatch: int,
+    bare: Stage,
+    blocks: tuple[str, ...],
+    home: Residence,
+    *,
+    offload: Offload,
+    budget_bytes: int,
+    some: bool,
+    make: Callable[[Chosen], Stage],
+) -> Chosen | None:
+    """The fastest choice for a stage's instances under the budget; None when none fits.
+
+    bare: the stage with nothing computed again. blocks: the unit of each instance, "" for what
+    stands alone. make: the stage with a choice for each.
+    """
+    types, machine = policies.types, policies.machine
+    nothing: Chosen = ((),) * len(blocks)
+    total = ledgers(bare, home, types, machine, offload)[0].total
+    if not some and total <= budget_bytes:
+        return nothing
+    counts = Counter(name for name in blocks if name)
+    if not counts:
+        return None
+    casts = cast_bytes(home, types)
+    of_each = _by_run(bare, blocks)
+    weights = {name: run.cast_kept_bytes(*casts) for name, run in of_each if name}
+    mixtures = policies.mix(option, microbatch, counts, weights)
+    kept_bytes = most_bytes = math.inf
+    if ACTIVATIONS not in offload:  # else only the ledger knows what stays
+        spare = budget_bytes - total + moving_bytes(bare, home, types)
+        kept_bytes, most_bytes = _limits(of_each, home, casts, spare)
+    for splits in mixtures.within(home.in_flight, kept_bytes, most_bytes, some=some):
+        chosen = mixtures.spread(splits, blocks)
+        if ledgers(make(chosen), home, types, machine, offload)[0].total <= budget_bytes:
+            return chosen
+    return None
+
+
+def _by_run(bare: Stage, blocks: tuple[str, ...]) -> list[tuple[str, Run]]:
+    """The runs of a stage with the unit of their blocks, "" for what stands alone."""
+    out, place = [], 0
+    for run in bare.runs:
+        out.append((blocks[place], run))
+        place += run.count
+    return out
+
+
+def _limits(
+    runs: list[tuple[str, Run]], home: Residence, casts: tuple[int, int], spare: int
+) -> tuple[float, float]:
+    """What all micro-batches in flight may keep of blocks, and how much there may be of blocks in
+    the last one's backward. Both are needed; the ledger has the last word."""
+    alone = [0 if name else run.count * run.kept_bytes(*casts) for name, run in runs]
+    first = next(i for i, (name, _) in enumerate(runs) if name)
+    before = sum(alone[:first])
+    working = min(run.cost.working_bytes for _, run in runs)
+    kept = spare - home.in_flight * sum(alone) - runs[-1][1].cost.working_bytes
+    return kept, spare - (home.in_flight - 1) * sum(alone) - before - working
+
+
+# --------------------------------------------------------------------------------------------------
+# Operators that a spec lists
+
+
+def listed(unit: Unit, names: Sequence[str]) -> tuple[str, ...]:
+    """The nodes of a lowered unit inside the operators that are listed: by what the language or the
+    dialect calls them, or by their own names."""
+    found = []
+    for node in unit.calls():
+        words = {w for part in node.meta["scope"] for w in (part, operator_kind(part))}
+        if not collective.is_collective(node):
+            words.add(entry_of(node).name)
+        if words & set(names):
+            found.append(node.name)
+    return tuple(found)
+
+
+def check_listed(graph: ModelGraph, names: Sequence[str], span: Span) -> None:
+    """Errors: Refused for a name that no block has."""
+    known: dict[str, None] = {}
+    for name in dict.fromkeys(i.unit for i in graph.instances if i.prefix):
+        for node in graph.units[name].calls():
+            for part in node.meta["scope"]:
+                known |= {operator_kind(part): None, part: None}
+            known[entry_of(node).name] = None
+    for name in names:
+        if name not in known:
+            raise Refused(
+                Diagnostic(
+                    code="E0402",
+                    message=f"no block has an operator `{name}` to recompute",
+                    span=span,
+                    helps=did_you_mean(name, known),
+                )
+            )
