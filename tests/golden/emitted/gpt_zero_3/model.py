@@ -1,4 +1,4 @@
-"""Emitted by llmspec from gpt_zero_3.llmspec. Spec b9236e2b3176, plan 1810bb.
+"""Emitted by llmspec from gpt_zero_3.llmspec. Spec b9236e2b3176, plan f0e267.
 Change the spec or the plan, then: llmspec compile gpt_zero_3.llmspec
 
 Mesh: shards 2 = 2 processes. ZeRO 3.

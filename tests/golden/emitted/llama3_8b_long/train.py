@@ -1,7 +1,7 @@
-"""Emitted by llmspec from llama3_8b_long.llmspec. Spec 5b5ab4d1d4ce, plan 1fa214.
+"""Emitted by llmspec from llama3_8b_long.llmspec. Spec 5b5ab4d1d4ce, plan 431526.
 Change the spec or the plan, then: llmspec compile llama3_8b_long.llmspec
 
-Mesh: shards 2 x context 16 = 32 processes. ZeRO 2.
+Mesh: shards 4 x context 8 = 32 processes. ZeRO 3.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ from runtime.sharded_data_parallel import ShardedGradients
 
 STEPS = 1000
 BATCH = 32  # sequences per step, over all processes
-MICROBATCHES = 16  # of 1 sequences each
+MICROBATCHES = 8  # of 1 sequences each
 SEQUENCE = 131072
 VOCABULARY = 128256
 SEED = 1
@@ -40,10 +40,10 @@ class Trainer:
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
         self.model = Model(mesh)
-        # FSDP2 gathers each unit's parameters once a step,
+        # FSDP2 gathers each unit's parameters for its forward and for its backward,
         # and sums its gradients over the data and context ranks after every backward, a part on each
         self.gradients = ShardedGradients(
-            self.model, mesh, units=self.model.units(), zero=2, compute=COMPUTE, reduce=REDUCE
+            self.model, mesh, units=self.model.units(), zero=3, compute=COMPUTE, reduce=REDUCE
         )
         initialise(self.model, mesh, seed=SEED)
         self.models = [self.model]
@@ -76,7 +76,7 @@ class Trainer:
 
 @record  # torchrun shows the first failure of any process
 def main() -> None:
-    mesh = start(shards=2, context=16)
+    mesh = start(shards=4, context=8)
     trainer = Trainer(mesh)
     optimizer = optimizers.adamw(
         trainer.models, lr=2e-05, betas=(0.9, 0.95), eps=1e-08, weight_decay=0.1

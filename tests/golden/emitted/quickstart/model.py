@@ -1,4 +1,4 @@
-"""Emitted by llmspec from quickstart.llmspec. Spec 7b95459a5766, plan 7e81e2.
+"""Emitted by llmspec from quickstart.llmspec. Spec 7b95459a5766, plan ac0e47.
 Change the spec or the plan, then: llmspec compile quickstart.llmspec
 
 Mesh: replicas 2 = 2 processes. ZeRO 0.
