@@ -13,7 +13,7 @@ from llmspec.compiler.cost.stage import Run, Stage
 from llmspec.compiler.cost.types import Types
 from llmspec.compiler.placement import Collective
 
-BUCKETS, BUCKET_BYTES = 6, 25 * 2**20
+BUCKET_BYTES = 25 * 2**20
 """Of ZeRO 0's reduction: the last one has nothing to hide behind."""
 
 GATHER, SCATTER, REDUCE = Collective.ALL_GATHER, Collective.REDUCE_SCATTER, Collective.ALL_REDUCE
@@ -95,11 +95,6 @@ def sent_s(kind: Collective, width: int, unit: ZeroUnit, groups: DataGroups) -> 
     """Both parts of a unit, one after the other: they use the same links."""
     shared = collective_s(kind, width * (unit.elements - unit.experts), groups.shards)
     return shared + collective_s(kind, width * unit.experts, groups.experts)
-
-
-def bucket_elements(elements: int, types: Types) -> int:
-    """Of one bucket: the runtime cuts gradients into six, or more of at most BUCKET_BYTES."""
-    return min(-(-elements // BUCKETS), BUCKET_BYTES // types.gradients)
 
 
 def data_cost(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from llmspec.compiler.cost.data import bucket_elements
 from llmspec.compiler.cost.hardware import Machine
 from llmspec.compiler.cost.stage import Parts, Stage
 from llmspec.compiler.cost.types import Types
@@ -104,22 +103,22 @@ def moving_bytes(stage: Stage, home: Residence, types: Types) -> int:
 
 
 def _gradient_bytes(stage: Stage, home: Residence, types: Types) -> int:
-    """ZeRO 1 keeps whole sums while it has micro-batches to add up, in the type of the reduction,
-    and the reduced parts beside them."""
+    """ZeRO 1 keeps whole sums while it has micro-batches to add up, in the type of the reduction;
+    the reduced parts come as these go."""
     if home.zero == 0:
         return types.gradients * stage.elements
     part = types.gradients * home.parts.largest(stage.elements, stage.expert_elements)
     if home.zero > 1 or home.microbatches == 1:
         return part + (types.reduced * stage.early_elements if home.split else 0)
-    summed = stage.elements if home.gathers_experts else stage.elements - stage.expert_elements
-    return types.reduced * summed + part
+    experts = 0 if home.gathers_experts else stage.expert_elements
+    return types.reduced * (stage.elements - experts) + types.gradients * experts
 
 
 def _gathered_bytes(stage: Stage, home: Residence, types: Types) -> int:
     """Weights in the compute type beyond what is stored, and the buffers of gradient reduction."""
     if home.zero == 0:
-        own = stage.largest_elements * (types.compute if types.mixed else types.gradients)
-        return own + _copied_bytes(stage, home, types)
+        # buckets on their way in another type come later, when activations have made room
+        return stage.largest_elements * (types.compute if types.mixed else types.gradients)
     # one unit's gradients as computed and as reduced, while another's are on their way
     experts = home.gathers_experts
     largest, next_largest = stage.largest_units(experts)
@@ -131,13 +130,6 @@ def _gathered_bytes(stage: Stage, home: Residence, types: Types) -> int:
     else:
         held = stage.elements - (0 if experts else stage.expert_elements)
     return held * types.compute + reducing
-
-
-def _copied_bytes(stage: Stage, home: Residence, types: Types) -> int:
-    """Buckets on their way in another type than gradients are kept in: two at a time."""
-    if home.data == 1 or types.reduced == types.gradients:
-        return 0
-    return 2 * types.reduced * bucket_elements(stage.elements, types)
 
 
 @dataclass(frozen=True, slots=True)
