@@ -28,7 +28,7 @@ plan {{ {"; ".join(pins(row))} }}
 
 def _model(row: Row, profile: Profile) -> str:
     if "experts" in row.model:
-        raise Missing("multi-head latent attention and experts")
+        return _latent_experts(row)
     words = (("vocab", "vocab"), ("context", "seq_len"), ("width", "hidden"))
     sizes = "; ".join(f"{key} = {row.size(name)}" for key, name in words)
     heads = f"heads={row.size('heads')}, kv_heads={row.size('kv_heads')}, causal"
@@ -58,6 +58,33 @@ def _model(row: Row, profile: Profile) -> str:
 }}"""
 
 
+SHARED = {160: 2, 256: 1}
+"""Shared experts of DeepSeek-V2 and V3 by the number of routed ones: config.json of the releases,
+as the ranks and head sizes of latent attention below."""
+
+
+def _latent_experts(row: Row) -> str:
+    """DeepSeek's shape, cut to one dense layer and others with experts."""
+    experts, ffn = row.size("experts"), row.size("moe_ffn")
+    return f"""model m {{
+    vocab = {row.size("vocab")}; context = {row.size("seq_len")}; width = {row.size("hidden")}
+    block attend(x) {{
+        x = x + latent_attention(rmsnorm(x), heads={row.size("heads")}, q_rank=1536, kv_rank=512,
+                                 nope=128, rope_size=64, value=128, causal)
+    }}
+    block dense(x) {{
+        x = attend(x)
+        x = x + swiglu(rmsnorm(x), ffn={row.size("ffn")})
+    }}
+    block sparse(x) {{
+        x = attend(x)
+        x = x + moe(rmsnorm(x), experts={experts}, top_k={row.size("topk")},
+                    expert=swiglu(ffn={ffn}), shared=swiglu(ffn={SHARED[experts] * ffn}))
+    }}
+    tokens -> embed -> dense * 1 -> sparse * {row.size("layers") - 1} -> rmsnorm -> unembed
+}}"""
+
+
 def _precision(row: Row, profile: Profile) -> str:
     word = str(row.plan["precision"])
     if word == "fp8":
@@ -78,6 +105,8 @@ def pins(row: Row) -> list[str]:
         found.append(f"sequence = {'on' if plan.get('sequence') else 'off'}")
     if row.ranks("pipeline") > 1:
         found.append("schedule = " + ("interleaved" if row.ranks("interleave") > 1 else "1f1b"))
+    if "CP via all-to-all" in (row.attention or ""):
+        found.append("context_style = ulysses")
     for key in ("context", "expert", "interleave"):
         if row.ranks(key) > 1:
             found.append(f"{key} = {row.ranks(key)}")

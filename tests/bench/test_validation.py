@@ -32,6 +32,7 @@ def test_rows() -> None:
         "llmfoundry-214-mpt125m-s2048-8xa100_40gb",
         "llmc-350M",
         "internevo-7b-packed-ckpttrue-8gpu-mb8x1",
+        "simumax-b200-deepseekv2_tp1_ep8_pp1_dp8_l4_mbc4",
     ],
 )
 def test_price(name: str) -> None:
@@ -45,8 +46,7 @@ def test_price(name: str) -> None:
 
 def test_reasons() -> None:
     """What the language lacks is said, not guessed."""
-    moe = "simumax-b200-deepseekv2_tp1_ep8_pp1_dp8_l4_mbc4"
-    assert "latent attention" in (price(ROWS[moe]).reason or "")
+    assert "`fp8`" in (price(ROWS["llmfoundry-077-mpt1b-s512-8xh100_80gb-fp8"]).reason or "")
 
 
 def test_pins_are_the_published_plan() -> None:
