@@ -63,14 +63,20 @@ def shape_families(shape: Shape | Outline) -> tuple[Family, ...]:
 
 def possible_families(outline: Outline, space: Space) -> set[Family]:
     """Every family that some candidate of the outline that may fit belongs to."""
-    names = {f for f in shape_families(outline) if f[0] not in SEEN}
-    data = outline.grid.data
+    names: set[Family] = set()
     for zero, shards in shardings(outline.grid, space.pins):
         if zero == 0 and outline.least_whole_bytes > space.budget_bytes:
             continue
-        names.add(("zero", str(zero)))
-        if zero:
-            names.add(("sharding", "hybrid" if shards < data else "full"))
+        names |= families_with(outline, zero, shards, space)
+    return names
+
+
+def families_with(outline: Outline, zero: int, shards: int, space: Space) -> set[Family]:
+    """Those of an outline's candidates that shard in one way."""
+    names = {f for f in shape_families(outline) if f[0] not in SEEN}
+    names.add(("zero", str(zero)))
+    if zero:
+        names.add(("sharding", "hybrid" if shards < outline.grid.data else "full"))
     if outline.grid.pipeline > 1:
         for interleave, schedules in space.ways(outline):
             names.add(("interleave", str(interleave)))

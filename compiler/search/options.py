@@ -11,7 +11,7 @@ from llmspec.compiler.cost.hardware import Machine
 from llmspec.compiler.cost.network import Group, group, inner_groups
 from llmspec.compiler.cost.types import Types
 from llmspec.compiler.cost.unit import Layout
-from llmspec.compiler.graph import ModelGraph
+from llmspec.compiler.graph import ModelGraph, Unit
 from llmspec.compiler.ops.registry import choices, entry_of, numel
 from llmspec.compiler.passes.shard import whole_placement
 from llmspec.compiler.placement import SHADOW, WHOLE, Split, State, local_shape, parse_state
@@ -57,12 +57,14 @@ def tensor_options(
     machine: Machine,
     types: Types,
     view: View = WHOLE_VIEW,
+    solved: Solved | None = None,
 ) -> list[TensorOption]:
     """Distinct placements of the whole model: at prices that value time, and at ones that value
     memory.
 
     `graph`: of the smallest micro-batch; every part of the objective but launches and latencies
     grows in proportion with the micro-batch, so its placements serve larger ones, re-priced there.
+    `solved`: answers for units that other views have too; more are added.
     """
     where = group(ranks, 1, machine)
     inner = inner_groups(ranks, view.context, view.expert, machine)
@@ -81,7 +83,7 @@ def tensor_options(
         ]
     found: list[TensorOption] = []
     for sequence in sequences:
-        placed = _placed(graph, ranks, sequence, where, inner, machine, types)
+        placed = _placed(graph, ranks, sequence, where, inner, machine, types, solved)
         for leaning, placements in placed.items():
             option = TensorOption(
                 ranks=ranks,
@@ -119,6 +121,7 @@ def _placed(
     inner: Mapping[str, Group],
     machine: Machine,
     types: Types,
+    solved: Solved | None = None,
 ) -> dict[str, dict[str, UnitPlacement]]:
     """Distinct placements by what their prices lean to. Tensor ranks are there to split the model:
     where links are so slow that repeating the work would be faster, the price of a parameter is
@@ -130,7 +133,9 @@ def _placed(
     for leaning, price in prices.items():
         if leaning == "split" and min(shares.values(), default=1.0) <= FAIR_SHARE / ranks:
             break
-        placements = place_model(graph, ranks, sequence, where, machine, types, price, inner)
+        placements = place_model(
+            graph, ranks, sequence, where, machine, types, price, inner, solved
+        )
         if placements is not None and placements not in found.values():
             found[leaning] = placements
             shares[leaning] = parameter_share(graph, placements, ranks)
@@ -144,8 +149,8 @@ def parameter_share(graph: ModelGraph, placements: dict[str, UnitPlacement], ran
     for instance in graph.instances:
         for path, parameter in graph.units[instance.unit].weights().items():
             state = parse_state(placements[instance.unit].parameters[path])
-            local += numel(local_shape(parameter.shape, state, ranks))
-            whole += numel(parameter.shape)
+            local += numel(local_shape(parameter.held_shape, state, ranks))
+            whole += numel(parameter.held_shape)
     return local / whole if whole else 0.0
 
 
@@ -158,6 +163,7 @@ def place_model(
     types: Types,
     prices: Prices,
     inner: Mapping[str, Group] | None = None,
+    solved: Solved | None = None,
 ) -> dict[str, UnitPlacement] | None:
     """Units one by one, except those that share a weight: they are tried in each of its states
     together. None when the tokens do not divide."""
@@ -176,17 +182,55 @@ def place_model(
     }
     layouts: dict[str, Layout] = {}
     for shared in _tied_units(graph):
-        joint = _place_together(problems, shared)
+        joint = _known_together(problems, shared, solved)
         if joint is None:
             return None
         layouts |= joint
     for name, problem in problems.items():
         if name not in layouts:
-            layout = place(problem)
+            layout = _known(problem, solved)
             if layout is None:
                 return None
             layouts[name] = layout
     return {name: placement_of(layouts[name]) for name in graph.units}
+
+
+Solved = dict[tuple[object, ...], tuple[tuple[Unit, ...], dict[str, Layout] | None]]
+"""Answers by what they depend on besides the wires of units that send nothing by themselves; the
+units are held on to, for their ids are in the keys."""
+
+
+def _silent(unit: Unit) -> bool:
+    return not any(entry_of(node).sends for node in unit.calls())
+
+
+def _key(problems: list[Problem]) -> tuple[object, ...]:
+    one = problems[0]
+    return (*(id(p.unit) for p in problems), one.ranks, one.sequence, one.where, one.prices)
+
+
+def _known(problem: Problem, solved: Solved | None) -> Layout | None:
+    """An answer of before, or a new one."""
+    if solved is None or not _silent(problem.unit):
+        return place(problem)
+    key, name = _key([problem]), problem.unit.name
+    if key not in solved:
+        layout = place(problem)
+        solved[key] = (problem.unit,), None if layout is None else {name: layout}
+    found = solved[key][1]
+    return None if found is None else found[name]
+
+
+def _known_together(
+    problems: dict[str, Problem], tie: Tie, solved: Solved | None
+) -> dict[str, Layout] | None:
+    own = [problems[n] for n in sorted({unit for uses in tie.values() for unit, _ in uses})]
+    if solved is None or not all(_silent(p.unit) for p in own):
+        return _place_together(problems, tie)
+    key = _key(own)
+    if key not in solved:
+        solved[key] = tuple(p.unit for p in own), _place_together(problems, tie)
+    return solved[key][1]
 
 
 Tie = dict[str, list[tuple[str, str]]]

@@ -17,6 +17,7 @@ from llmspec.compiler.cost.network import (
     data_group,
     expert_data_group,
     group,
+    inner_groups,
     send_s,
     shards_group,
 )
@@ -52,10 +53,10 @@ from llmspec.compiler.plan import EVERYTHING, MeshSizes
 from llmspec.compiler.schedules import Schedule, actions, stages_of
 from llmspec.compiler.search.candidates import SIMPLER, Candidate, Outline, Shape, Sketch
 from llmspec.compiler.search.meshes import Grid, divisors, grids, shardings
-from llmspec.compiler.search.options import TensorOption, seen_as, tensor_options
+from llmspec.compiler.search.options import Solved, TensorOption, seen_as, tensor_options
 from llmspec.compiler.search.pins import Pins, Recompute
 from llmspec.compiler.search.policies import Chosen, Policies, fitting
-from llmspec.compiler.search.stages import Cut, balanced, block_starts, cut_at
+from llmspec.compiler.search.stages import Cut, balanced, block_starts, cut_at, evenest
 from llmspec.compiler.views import WHOLE_VIEW, View, seen
 from llmspec.dsl.program import Program
 
@@ -84,6 +85,7 @@ class Space:
     graphs: dict[tuple[int, View], ModelGraph] = field(default_factory=dict)
     operators: dict[int, Operators] = field(default_factory=dict)
     options: dict[tuple[int, View, Operators], list[TensorOption]] = field(default_factory=dict)
+    solved: Solved = field(default_factory=dict)
     unit_costs: dict[tuple[int, int], dict[str, UnitCost]] = field(default_factory=dict)
     stages: dict[tuple[object, ...], Stage] = field(default_factory=dict)
     choices: dict[tuple[object, ...], Chosen | None] = field(default_factory=dict)
@@ -191,15 +193,31 @@ class Space:
             sequences = [s for s in (False, True) if self.pins.allows("sequence", s)]
             graph = self.graph(size, view)
             found = []
-            if view != WHOLE_VIEW:
-                known = self.tensor_options(ranks, size, WHOLE_VIEW)
+            like = self._placed_like(ranks, view)
+            if like != view:
+                known = self.tensor_options(ranks, size, like)
                 found = [o for o in (seen_as(k, graph, view, self.machine) for k in known) if o]
             if not found:
-                found = tensor_options(graph, ranks, sequences, self.machine, self.types, view)
+                found = tensor_options(
+                    graph, ranks, sequences, self.machine, self.types, view, self.solved
+                )
             if ranks == 1 and not self.pins.allows("sequence", False):
                 found = []
             self.options[key] = found
         return self.options[key]
+
+    def _placed_like(self, ranks: int, view: View) -> View:
+        """The view whose placements serve this one: without context ranks, and of the numbers of
+        expert ranks that use the same wires the smallest."""
+        if view.expert == 1:
+            return WHOLE_VIEW
+
+        def crosses(context: int, expert: int) -> bool:
+            return inner_groups(ranks, context, expert, self.machine)["expert"].crosses_nodes
+
+        wires = crosses(view.context, view.expert)
+        counts = [n for n in divisors(view.expert) if n > 1 and crosses(1, n) == wires]
+        return View(expert=counts[0]) if counts else replace(view, context=1, style=None)
 
     def _operators(self, microbatch: int) -> Operators:
         if microbatch not in self.operators:
@@ -545,20 +563,39 @@ class Space:
         ]
 
     def _sketch(self, sketch: Sketch) -> Sketch:
-        if sketch.view.context == 1:
-            return sketch  # fewer experts on a rank are less work than all: no bound
-        grid, size = sketch.grid, sketch.microbatch
-        view = View(expert=grid.expert)
-        whole = [
-            self._outline(replace(sketch, view=view), option, recompute)
-            for option in self.tensor_options(grid.tensor, size, view)
-            for recompute in self.recomputes()
-        ]
-        return replace(
-            sketch,
-            least_s=min((o.least_s for o in whole), default=0.0) / grid.context,
-            least_bytes=min((o.least_bytes for o in whole), default=0.0) / grid.context,
-        )
+        """Bounds of bytes from the costs of one sequence: what is kept grows with the micro-batch.
+        Without context ranks there is none of seconds: fewer experts on a rank are less work."""
+        whole = replace(sketch, view=View(expert=sketch.grid.expert))
+        least_bytes = self._least_bytes(whole)
+        if least_bytes > self.budget_bytes or sketch.view.context == 1:
+            return replace(sketch, least_bytes=least_bytes)
+        least_s = min((o.least_s for o in self.opened(whole)), default=0.0)
+        return replace(sketch, least_s=least_s / sketch.grid.context, least_bytes=least_bytes)
+
+    def _least_bytes(self, sketch: Sketch) -> float:
+        bounds = []
+        for option in self.tensor_options(sketch.grid.tensor, 1, sketch.view):
+            for recompute in self.recomputes():
+                whole = self._whole_stage(option, 1, recompute)
+                kept = sketch.microbatch * self._least_kept(whole)[1] / sketch.grid.context
+                bounds.append(self._bytes_bound(sketch, whole, kept))
+        return min(bounds, default=0.0)
+
+    def _whole_stage(self, option: TensorOption, microbatch: int, recompute: Recompute) -> Stage:
+        """The whole model as one stage."""
+        key = (id(option), microbatch, recompute)
+        if key not in self.stages:
+            costs, stop = self.costs(option, microbatch), len(self.graph(1).instances)
+            self.stages[key] = self._stage_of(costs, dict(recompute), 0, stop, pipeline=1)
+        return self.stages[key]
+
+    def _bytes_bound(self, sketch: Sketch, whole: Stage, kept: float) -> float:
+        """No plan's peak is lower. `kept`: of one micro-batch in all stages."""
+        grid = sketch.grid
+        elements = whole.elements + (grid.expert - 1) * whole.expert_elements
+        stored = self._least_kept(whole)[0] * elements / (grid.data * grid.context)
+        flying = fullest(stored, kept, grid.pipeline, sketch.microbatches)
+        return self.machine.fixed_bytes + flying
 
     def opened(self, sketch: Sketch) -> list[Outline]:
         return [
@@ -579,8 +616,6 @@ class Space:
         fewest = whole
         if recompute is Recompute.SELECTIVE:
             fewest = self._whole(option, microbatch, Recompute.FULL)
-        sharing = grid.data * grid.context
-        elements = whole.elements + (sketch.view.expert - 1) * whole.expert_elements
         of_one, kept = self._least_kept(fewest)
         fixed = self.machine.fixed_bytes
         return Outline(
@@ -590,9 +625,24 @@ class Space:
             microbatches=microbatches,
             recompute=recompute,
             least_s=microbatches * whole.busy_s / grid.pipeline,
-            least_bytes=fixed + (of_one * elements / sharing + kept) / grid.pipeline,
+            least_bytes=self._bytes_bound(sketch, whole, kept),
             least_whole_bytes=fixed + (of_one * whole.elements + kept) / grid.pipeline,
         )
+
+    def sharded_bytes(self, outline: Outline, zero: int, shards: int) -> float:
+        """No plan of the outline that shards so has a lower peak."""
+        grid, types = outline.grid, self.types
+        whole = self._whole_stage(outline.option, outline.microbatch, outline.recompute)
+        of_one, kept = self._least_kept(whole)
+        part = grid.parts(zero, shards).largest(whole.elements, whole.expert_elements)
+        stored = of_one * part
+        if not any(PARAMETERS in o for o in self.offloads):
+            summed = zero == 0 and grid.data * grid.context > 1
+            summed |= zero == 1 and outline.microbatches > 1
+            shared = whole.elements - whole.expert_elements
+            stored += types.gradients * (shared if summed else part if zero else 0)
+            stored += types.compute * shared if zero in (1, 2) else 0
+        return self.machine.fixed_bytes + fullest(stored, kept, grid.pipeline, outline.microbatches)
 
     def _least_kept(self, whole: Stage) -> tuple[int, int]:
         """(bytes of a weight and its optimizer, bytes of activations) that no choice of what to
@@ -639,13 +689,16 @@ class Space:
             if found:
                 yield interleave, found
 
-    def candidates(self, outline: Outline) -> Iterator[Candidate]:
+    def candidates(
+        self, outline: Outline, skip: Callable[[int, int], bool] = lambda zero, shards: False
+    ) -> Iterator[Candidate]:
         """Every plan of an outline; those that do not fit have no times. Where each block has its
         own choice, the fastest choice that fits; no plan where nothing needs to be computed
-        again, unless the spec asks for it."""
-        for interleave, schedules in self.ways(outline):
+        again, unless the spec asks for it. `skip`: which (zero, shards) are not worth a price."""
+        sharings = [way for way in shardings(outline.grid, self.pins) if not skip(*way)]
+        for interleave, schedules in self.ways(outline) if sharings else ():
             for shape in self.shapes(outline, interleave):
-                for zero, shards in shardings(shape.grid, self.pins):
+                for zero, shards in sharings:
                     for schedule in schedules:
                         yield from self._candidates(shape, zero, shards, schedule)
 

@@ -60,6 +60,17 @@ def balanced(
     return tuple(reversed(blocks))
 
 
+def fullest(stored: float, kept: float, pipeline: int, microbatches: int) -> float:
+    """Bytes of the fullest stage, however a model is cut: a stage s holds at least the activations
+    of the micro-batches that are under way between it and the last one, and an even cut by bytes
+    is the best.
+
+    stored: bytes of all stages that are there once; kept: for each micro-batch in flight.
+    """
+    flying = (min(microbatches, pipeline - s) for s in range(pipeline))
+    return 1 / sum(1 / max(stored + kept * n, 1.0) for n in flying)
+
+
 def _lightest(own: np.ndarray, scale: np.ndarray) -> float:
     """The least heaviest stage when every item is taken."""
     best = np.full(len(own), np.inf)

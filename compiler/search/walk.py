@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llmspec.compiler.search.candidates import WORTH_OFFLOADING, Candidate, Outline, Sketch
-from llmspec.compiler.search.explain import Tally, possible_families
+from llmspec.compiler.search.explain import Tally, families_with, possible_families
 from llmspec.compiler.search.space import Space
 
 SHORTLIST = 32
@@ -99,8 +100,19 @@ class Walk:
             for candidate in self.space.smallest_of(outline):
                 self._add(candidate)
         elif not self._hopeless(outline):
-            for candidate in self.space.candidates(outline):
+            for candidate in self.space.candidates(outline, self._too_large(outline)):
                 self._add(candidate)
+
+    def _too_large(self, outline: Outline) -> Callable[[int, int], bool]:
+        """Whether a way to shard cannot fit, and is the smallest of nothing."""
+
+        def skip(zero: int, shards: int) -> bool:
+            least = self.space.sharded_bytes(outline, zero, shards)
+            if least <= self.space.budget_bytes or self.smallest is None:
+                return False
+            return self.tally.lowest(families_with(outline, zero, shards, self.space), least)
+
+        return skip
 
     def _hopeless(self, outline: Outline) -> bool:
         if self.bound and self._beaten(outline.least_s):
