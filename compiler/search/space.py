@@ -576,25 +576,22 @@ class Space:
         bounds = []
         for option in self.tensor_options(sketch.grid.tensor, 1, sketch.view):
             for recompute in self.recomputes():
-                whole = self._whole_stage(option, 1, recompute)
+                whole = self._fewest(option, 1, recompute)
                 kept = sketch.microbatch * self._least_kept(whole)[1] / sketch.grid.context
                 bounds.append(self._bytes_bound(sketch, whole, kept))
         return min(bounds, default=0.0)
 
-    def _whole_stage(self, option: TensorOption, microbatch: int, recompute: Recompute) -> Stage:
-        """The whole model as one stage."""
-        key = (id(option), microbatch, recompute)
-        if key not in self.stages:
-            costs, stop = self.costs(option, microbatch), len(self.graph(1).instances)
-            self.stages[key] = self._stage_of(costs, dict(recompute), 0, stop, pipeline=1)
-        return self.stages[key]
+    def _fewest(self, option: TensorOption, microbatch: int, recompute: Recompute) -> Stage:
+        """The chain as one stage that keeps no more than any choice of `recompute`."""
+        full = Recompute.FULL if recompute is Recompute.SELECTIVE else recompute
+        return self._whole(option, microbatch, full)
 
     def _bytes_bound(self, sketch: Sketch, whole: Stage, kept: float) -> float:
         """No plan's peak is lower. `kept`: of one micro-batch in all stages."""
         grid = sketch.grid
         elements = whole.elements + (grid.expert - 1) * whole.expert_elements
         stored = self._least_kept(whole)[0] * elements / (grid.data * grid.context)
-        flying = fullest(stored, kept, grid.pipeline, sketch.microbatches)
+        flying = evenest(stored, kept, grid.pipeline, sketch.microbatches)
         return self.machine.fixed_bytes + flying
 
     def opened(self, sketch: Sketch) -> list[Outline]:
@@ -613,9 +610,7 @@ class Space:
         """The bounds are those of equal stages: the worst one is no better than their mean."""
         grid, microbatch, microbatches = sketch.grid, sketch.microbatch, sketch.microbatches
         whole = self._whole(option, microbatch, recompute)
-        fewest = whole
-        if recompute is Recompute.SELECTIVE:
-            fewest = self._whole(option, microbatch, Recompute.FULL)
+        fewest = self._fewest(option, microbatch, recompute)
         of_one, kept = self._least_kept(fewest)
         fixed = self.machine.fixed_bytes
         return Outline(
@@ -632,7 +627,7 @@ class Space:
     def sharded_bytes(self, outline: Outline, zero: int, shards: int) -> float:
         """No plan of the outline that shards so has a lower peak."""
         grid, types = outline.grid, self.types
-        whole = self._whole_stage(outline.option, outline.microbatch, outline.recompute)
+        whole = self._fewest(outline.option, outline.microbatch, outline.recompute)
         of_one, kept = self._least_kept(whole)
         part = grid.parts(zero, shards).largest(whole.elements, whole.expert_elements)
         stored = of_one * part
@@ -642,7 +637,7 @@ class Space:
             shared = whole.elements - whole.expert_elements
             stored += types.gradients * (shared if summed else part if zero else 0)
             stored += types.compute * shared if zero in (1, 2) else 0
-        return self.machine.fixed_bytes + fullest(stored, kept, grid.pipeline, outline.microbatches)
+        return self.machine.fixed_bytes + evenest(stored, kept, grid.pipeline, outline.microbatches)
 
     def _least_kept(self, whole: Stage) -> tuple[int, int]:
         """(bytes of a weight and its optimizer, bytes of activations) that no choice of what to

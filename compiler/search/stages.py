@@ -60,7 +60,7 @@ def balanced(
     return tuple(reversed(blocks))
 
 
-def fullest(stored: float, kept: float, pipeline: int, microbatches: int) -> float:
+def evenest(stored: float, kept: float, pipeline: int, microbatches: int) -> float:
     """Bytes of the fullest stage, however a model is cut: a stage s holds at least the activations
     of the micro-batches that are under way between it and the last one, and an even cut by bytes
     is the best.
