@@ -87,3 +87,39 @@ def test_what_context_ranks_hold_at_once(style: str, devices: int):
     predicted = sum(size for part, size in parts.items() if part != "fixed")
     peak = max(rank.peak for rank in measure(session, plan))
     assert peak == pytest.approx(predicted, rel=0.03)
+
+
+RECOMPUTED = {"llama": ("rmsnorm", "swiglu", "attention"), "gpt": ("layernorm", "mlp", "attention")}
+
+
+def check_fall(model: str, pins: str, recompute: str) -> None:
+    """What recomputation takes off the peak is what the plan says, within 5 %."""
+    found = []
+    for chosen in ("none", recompute):
+        text = spec_text(MODELS[model], CASES[pins], f"{pins}; recompute = {chosen}")
+        session, plan = planned(text)
+        parts = plan.predicted["predicted"]["memory_bytes"]
+        predicted = sum(size for part, size in parts.items() if part != "fixed")
+        found.append((predicted, max(rank.peak for rank in measure(session, plan))))
+    (before, whole), (after, less) = found
+    assert whole > less
+    assert before - after == pytest.approx(whole - less, rel=0.05)
+
+
+def test_the_peak_falls_by_what_is_predicted():
+    check_fall("llama", "microbatch = 4", "[rmsnorm, swiglu]")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pins", [p for p in CASES if not p.startswith("data")])
+@pytest.mark.parametrize(
+    ("model", "recompute"),
+    [
+        (m, f"[{', '.join(names)}]")
+        for m, own in RECOMPUTED.items()
+        for names in (own[:1], own[1:2], own)
+    ]
+    + [(m, "full") for m in RECOMPUTED],
+)
+def test_the_peak_falls(model: str, pins: str, recompute: str):
+    check_fall(model, pins, recompute)
