@@ -10,7 +10,9 @@ from dataclasses import replace
 from torch import fx
 
 from llmspec.compiler.graph import INTEGER_INPUTS, ModelGraph, Unit
+from llmspec.compiler.ops.attention import attention
 from llmspec.compiler.ops.registry import choices, entry_of, shape_of, tensor_operands
+from llmspec.compiler.passes.context import possible_styles
 from llmspec.compiler.passes.recompute import Operators, runs, stretches
 from llmspec.compiler.passes.shard import shard_unit, whole_placement
 from llmspec.compiler.placement import (
@@ -23,6 +25,7 @@ from llmspec.compiler.placement import (
 )
 from llmspec.compiler.plan import EVERYTHING, MeshSizes, Plan, Stretch, UnitPlacement
 from llmspec.compiler.verify.shrink import schedule_actions
+from llmspec.compiler.views import WHOLE_VIEW, View, seen
 
 # --------------------------------------------------------------------------------------------------
 # Models
@@ -193,6 +196,7 @@ def random_mesh(rng: random.Random, blocks: int, most: int) -> MeshSizes:
             pipeline=rng.choice([1, 1, 2]) if blocks >= 2 else 1,
             replicas=rng.choice([1, 1, 2]),
             shards=rng.choice([1, 2, 3]),
+            context=rng.choice([1, 1, 2, 3]),
             tensor=rng.choice([1, 2, 2, 3]),
         )
         if mesh.world_size <= most:
@@ -214,17 +218,28 @@ def random_recompute(
     return stretches(graph.instances, chosen)
 
 
+def _attends(graph: ModelGraph) -> bool:
+    return any(n.target is attention for unit in graph.units.values() for n in unit.calls())
+
+
 def random_plan(graph: ModelGraph, rng: random.Random, most: int = 6) -> Plan:
     """A legal plan; its graph must have been built for `plan.microbatch` sequences of 16 tokens."""
     blocks = len(graph.instances) - 2
     mesh = random_mesh(rng, blocks, most)
-    sequence = mesh.tensor > 1 and graph.tokens % mesh.tensor == 0 and rng.random() < 0.5
-    zero = rng.choice([1, 2, 3]) if mesh.shards > 1 else 0
-    if zero and mesh.replicas == 1 and rng.random() < 0.3:
+    view = WHOLE_VIEW
+    if mesh.context > 1:
+        # exchanged heads may not suffice for the tensor ranks too: `ulysses` alone has a limit
+        styles = [s for s in possible_styles(graph, mesh.context * mesh.tensor) if s == "ulysses"]
+        style = rng.choice(["ring", "gather", *styles] if _attends(graph) else ["gather"])
+        view = View(context=mesh.context, style=style)
+    local = seen(graph, view)
+    sequence = mesh.tensor > 1 and local.tokens % mesh.tensor == 0 and rng.random() < 0.5
+    zero = rng.choice([1, 2, 3]) if mesh.shards * mesh.context > 1 else 0
+    if zero and mesh.shards > 1 and mesh.replicas == 1 and rng.random() < 0.3:
         zero, mesh = 0, replace(mesh, replicas=mesh.shards, shards=1)
     cut = rng.randint(1, max(blocks - 1, 1)) + 1
     whole = len(graph.instances)
-    placements = {} if mesh.tensor == 1 else random_placements(graph, mesh.tensor, rng, sequence)
+    placements = {} if mesh.tensor == 1 else random_placements(local, mesh.tensor, rng, sequence)
     plan = Plan(
         spec="test.llmspec",
         spec_hash="0" * 12,
@@ -237,7 +252,8 @@ def random_plan(graph: ModelGraph, rng: random.Random, most: int = 6) -> Plan:
         microbatches=rng.choice([1, 2, 3]),
         schedule=rng.choice(["gpipe", "1f1b"]),
         stages=((0, whole),) if mesh.pipeline == 1 else ((0, cut), (cut, whole)),
-        recompute=random_recompute(graph, placements, mesh.tensor, rng),
+        recompute=random_recompute(local, placements, mesh.tensor, rng),
         placements=placements,
+        context_style=view.style,
     )
     return replace(plan, actions=schedule_actions(plan)) if mesh.pipeline > 1 else plan
