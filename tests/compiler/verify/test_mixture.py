@@ -31,7 +31,7 @@ OPTIONS = {
 }
 DEEPSEEK = """
 import deepseek
-model m = deepseek_v3(layers=5, dense=1, width=2048, heads=16, q_rank=512, kv_rank=256, nope=64,
+model m = deepseek_v3(layers=4, dense=1, width=2048, heads=16, q_rank=512, kv_rank=256, nope=64,
                       rope_size=32, value=64, ffn=4096, expert_ffn=1024, experts=32, top_k=4,
                       groups=8, top_groups=4, scale=2.5, vocab=50257, context=512, aux=0.1)
 """
