@@ -141,6 +141,10 @@ class TrainPrinter:
             self.text.line(
                 f"# and sums its gradients over the {ranks} ranks {summed}, a part on each"
             )
+        if plan.mesh.expert > 1:
+            same = plan.mesh.expert_data
+            rest = f"over the {same} ranks that have the same ones" if same > 1 else "nowhere else"
+            self.text.line(f"# those of experts: {rest}")
         if self.stored_on_host:
             self.text.line("# the parts are in host memory, and with them the optimizer's state")
 
