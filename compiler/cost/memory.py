@@ -88,7 +88,7 @@ def ledger(stage: Stage, home: Residence, types: Types, machine: Machine) -> Led
         gradients=gradients,
         optimizer=types.moments * elements,
         activations=earlier + peak.activations,
-        buffers=_gathered_bytes(stage, home, types) + peak.working,
+        buffers=gathered_bytes(stage, home, types) + peak.working,
         fixed=machine.fixed_bytes,
     )
 
@@ -114,7 +114,7 @@ def _gradient_bytes(stage: Stage, home: Residence, types: Types) -> int:
     return types.reduced * (stage.elements - experts) + types.gradients * experts
 
 
-def _gathered_bytes(stage: Stage, home: Residence, types: Types) -> int:
+def gathered_bytes(stage: Stage, home: Residence, types: Types) -> int:
     """Weights in the compute type beyond what is stored, and the buffers of gradient reduction."""
     if home.zero == 0:
         # buckets on their way in another type come later, when activations have made room

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 
 from llmspec.compiler.cost.data import GATHER, DataGroups, exposed_s, sent_s, units_of
 from llmspec.compiler.cost.hardware import Machine
-from llmspec.compiler.cost.memory import Ledger, Residence, ledger
+from llmspec.compiler.cost.memory import Ledger, Residence, cast_bytes, gathered_bytes, ledger
 from llmspec.compiler.cost.stage import Parts, Run, Stage
 from llmspec.compiler.cost.types import Types
 
@@ -112,10 +112,11 @@ def device_ledger(
         arriving = _passing_bytes(stage, home, types) if machine.pinned else 0
         left = replace(left, parameters=0, gradients=0, buffers=left.buffers + arriving)
     if ACTIVATIONS in offload:
-        activations, gradients = _activations(stage, home, types)
-        if home.zero == 0 and home.data == 1 and home.microbatches == 1:
+        activations, gradients, working = _activations(stage, home, types)
+        buffers = gathered_bytes(stage, home, types) + working + left.buffers - whole.buffers
+        left = replace(left, activations=activations, buffers=buffers)
+        if home.alone:
             left = replace(left, gradients=gradients)
-        left = replace(left, activations=activations)
     return left
 
 
@@ -125,50 +126,42 @@ def _passing_bytes(stage: Stage, home: Residence, types: Types) -> int:
     return (types.weights + types.gradients) * -(-largest // home.shards)
 
 
-def _activations(stage: Stage, home: Residence, types: Types) -> tuple[int, int]:
-    """(activations, gradients) on the device where their sum is largest: what stays of every
-    micro-batch in flight, and of one of them the blocks that are leaving or have come back.
+def _activations(stage: Stage, home: Residence, types: Types) -> tuple[int, int, int]:
+    """(activations, gradients, working bytes) on the device where their sum is largest: what stays
+    of every micro-batch in flight, and of one of them the blocks that are here. As a block goes
+    backward the one before it comes back; going forward it leaves meanwhile, which is as much.
 
     gradients: those made so far, which counts where there is one micro-batch alone.
     """
-    cast = types.compute if types.mixed and home.zero == 0 else 0
-    of_experts = types.compute if types.mixed and not home.gathers_experts else 0
-    uses = list(_uses(stage, cast, of_experts))
+    uses = list(_uses(stage, *cast_bytes(home, types)))
     boundary = stage.output_bytes if home.sends_on else 0
     if home.receives and uses and uses[0].away:
         boundary += uses[0].input_bytes  # the pipeline holds it for the gradient to send back
-    stays = sum(u.stays for u in uses) + boundary
-    alone = home.zero == 0 and home.data == 1 and home.microbatches == 1
-    worst = (-1, 0, 0)
-    below = 0
-    before = 0
-    for use in uses:  # forward: the block before leaves while this one computes
-        below += use.stays
-        worst = max(worst, (below + use.away + before, below + use.away + before, 0))
-        before = use.away or before
-    made = 0
-    for i in reversed(range(len(uses))):  # backward: the block before comes back meanwhile
+    stays = sum(u.stays for u in uses)
+    below, made, worst = stays, 0, (0, 0, 0)
+    for i in reversed(range(len(uses))):
         use = uses[i]
-        coming = uses[i - 1].away if i else 0
-        now = below + (use.away + coming if use.away else before) + use.again
-        worst = max(worst, (now + made, now, made))
+        here = use.away + (uses[i - 1].away if i else 0)
+        worst = max(worst, (below + here + use.again, made, use.working), key=sum)
         below -= use.stays
-        before = use.away and coming
-        made += use.gradients * types.gradients if alone else 0
-    worst = max(worst, (made, 0, made))
-    return round((home.in_flight - 1) * stays) + boundary + worst[1], worst[2]
+        made += use.elements * types.gradients if home.alone else 0
+    worst = max(worst, (0, made, 0), key=sum)
+    others = max(home.in_flight - 1, 0.0)
+    earlier = round(others * stays + home.in_flight * boundary)
+    return earlier + worst[0], worst[1], worst[2]
 
 
 @dataclass(frozen=True, slots=True)
 class _Use:
-    """One use of a unit: bytes that stay on the device, that leave it, that recomputing makes;
-    elements of its weights."""
+    """One use of a unit: bytes that stay on the device, that leave it, that recomputing makes, of
+    its input, of its worst operator's backward; elements of its weights."""
 
     stays: int
     away: int
     again: int
     input_bytes: int
-    gradients: int
+    working: int
+    elements: int
 
 
 def _uses(stage: Stage, cast: int, of_experts: int) -> Iterator[_Use]:
@@ -177,7 +170,14 @@ def _uses(stage: Stage, cast: int, of_experts: int) -> Iterator[_Use]:
         again = run.returning_bytes(cast, of_experts)
         away = away_bytes(run)
         for _ in range(run.count):
-            yield _Use(held - away, away, again, run.cost.input_bytes, run.cost.elements)
+            yield _Use(
+                stays=held - away,
+                away=away,
+                again=again,
+                input_bytes=run.cost.input_bytes,
+                working=run.cost.working_bytes,
+                elements=run.cost.elements,
+            )
 
 
 # --------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from llmspec.compiler.search.walk import Walk
 from llmspec.compiler.search.ways_out import Way, ways_out
 from llmspec.dsl.diagnostics import Diagnostic
 from llmspec.dsl.program import Prefer, Program, Span
+from llmspec.dsl.units import render_bytes
 
 RUNNERS_UP = 5
 
@@ -85,6 +86,8 @@ def search(program: Program, build: Build) -> Found | Infeasible:
     smallest = walk.smallest
     if walk.fit:
         return _found(walk, start)
+    if smallest is None and space.host_needed:
+        raise _no_host_memory(space)
     if smallest is None:
         raise _no_mesh(program, "no plan satisfies every line of the `plan` block")
     return Infeasible(
@@ -183,6 +186,23 @@ def plan_of(space: Space, winner: Candidate, considered: int, fit: int) -> Plan:
                 "memory_budget_bytes": program.budget.memory_bytes,
             },
         },
+    )
+
+
+def _no_host_memory(space: Space) -> Refused:
+    """Every plan that the lines allow puts more there than there is."""
+    program = space.program
+    here = min(program.cluster.devices_per_node, program.cluster.world_size)
+    needed, there = min(space.host_needed.values()) * here, space.host_bytes * here
+    pinned = next((c for c in program.plan if c.key == "offload"), None)
+    return Refused(
+        Diagnostic(
+            code="E0414",
+            message=f"`offload` needs {render_bytes(needed)} of host memory on each node",
+            span=pinned.span if pinned is not None else program.train.span,
+            label=f"a node has {render_bytes(there)}",
+            helps=("say what it has, `host_memory` in the cluster, if that is a guess",),
+        )
     )
 
 

@@ -21,7 +21,7 @@ CASES = {
     "data = 2; zero = 3; microbatch = 2; offload = [activations, parameters]": 2,
     "tensor = 2; sequence = on; microbatch = 4; offload = activations": 2,
     "pipeline = 2; microbatch = 2; schedule = 1f1b; offload = activations": 2,
-    "pipeline = 2; microbatch = 2; schedule = gpipe; offload = activations; recompute = full": 2,
+    "pipeline = 2; microbatch = 2; schedule = gpipe; offload = activations": 2,
 }
 """Pins, and how many processes they are for."""
 

@@ -129,3 +129,11 @@ def test_a_traced_model_may_have_other_operators_at_one_sequence(microbatch):
     assert isinstance(found, Found)
     assert found.plan.microbatch == microbatch
     lower(graphs[microbatch], found.plan)
+
+
+def test_offload_that_the_host_has_no_memory_for_is_refused():
+    spec = program(MIDDLING, cluster(1, 4), batch=4, plan=(pin("offload", "optimizer"),))
+    assert isinstance(run(spec), Found)
+    little = dataclasses.replace(spec.budget, host_memory_bytes=2**28)
+    with pytest.raises(Refused, match="of host memory on each node"):
+        run(dataclasses.replace(spec, budget=little))
