@@ -66,7 +66,9 @@ def rank_of(schedule: Schedule, stage: int, ranks: int) -> int:
 
 def stages_of(schedule: Schedule, rank: int, stages: int, ranks: int) -> tuple[int, ...]:
     """The stages of a rank, in the chain's order."""
-    return tuple(s for s in range(stages) if rank_of(schedule, s, ranks) == rank)
+    if schedule.turns:
+        return rank, 2 * ranks - 1 - rank
+    return tuple(range(rank, stages, ranks))
 
 
 def order(schedule: Schedule, stages: int, ranks: int, microbatches: int) -> Order:

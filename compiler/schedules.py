@@ -9,7 +9,10 @@ stage 0 gives to stage 1, "1SEND_B3" and "0RECV_B3" its gradient; "0UNSHARD", "0
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import zip_longest
 from typing import NamedTuple
+
+import numpy as np
 
 from llmspec.compiler.orders import Action, Order, Schedule, order, rank_of, rounds, stages_of
 
@@ -167,17 +170,21 @@ def _representative(schedule: Schedule, ranks: int, microbatches: int) -> int:
 
 
 def _moments(own: Sequence[Action], stages: tuple[int, ...]) -> tuple[Held, ...]:
+    count = len(stages)
     at = {stage: i for i, stage in enumerate(stages)}
-    forwards, late = [0] * len(stages), [0] * len(stages)
-    seen: dict[Held, None] = {}
-    for action in own:
-        index = at[action.stage]
-        forwards[index] += {"F": 1, "B": -1, "I": -1}.get(action.kind, 0)
-        late[index] += {"I": 1, "W": -1}.get(action.kind, 0)
-        seen[Held(tuple(forwards), tuple(late))] = None
-    return tuple(h for h in seen if not any(_exceeds(other, h) for other in seen if other != h))
-
-
-def _exceeds(one: Held, other: Held) -> bool:
-    pairs = zip((*one.forwards, *one.late), (*other.forwards, *other.late), strict=True)
-    return all(a >= b for a, b in pairs)
+    now = [0] * (2 * count)
+    seen: dict[tuple[int, ...], None] = {}
+    for action, after in zip_longest(own, own[1:]):
+        forward, late = at[action.stage], count + at[action.stage]
+        now[forward] += {"F": 1, "B": -1, "I": -1}.get(action.kind, 0)
+        now[late] += {"I": 1, "W": -1}.get(action.kind, 0)
+        # a moment before a further forward is exceeded by the next one
+        if action.kind in ("F", "I") and (after is None or after.kind != "F"):
+            seen[tuple(now)] = None
+    rows = np.array(list(seen), dtype=np.int32)
+    exceeded = np.array([(rows >= row).all(axis=1).sum() > 1 for row in rows])
+    return tuple(
+        Held(tuple(row[:count]), tuple(row[count:]))
+        for row, less in zip(rows.tolist(), exceeded, strict=True)
+        if not less
+    )

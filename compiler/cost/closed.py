@@ -37,3 +37,25 @@ def makespan_s(
     up = sum(spent[s][0] for s in range(ranks) if s < busiest[0])
     chain = sum(urgent) + late[0] + (microbatches - 1) * max(urgent)
     return max(busy + max(ramps, up), chain), 2 * (stages - 1) * send_s
+
+
+def least_span_s(
+    busy_s: float,
+    late_s: float,
+    microbatches: int,
+    *,
+    schedule: Schedule,
+    ranks: int,
+    interleave: int,
+) -> float:
+    """No cut of a chain has a shorter `makespan_s`: that of equal stages is the least.
+
+    busy_s, late_s: of one micro-batch on the whole chain.
+    """
+    late = late_s if schedule.splits else 0.0
+    urgent = busy_s - late
+    stages = ranks * interleave
+    # what the busiest rank does besides its share, it waits less for
+    ramps = (microbatches - 1 / interleave) * busy_s / ranks + (urgent - late) / interleave
+    chain = urgent + (microbatches - 1) * urgent / stages
+    return max(ramps, chain, microbatches * busy_s / ranks)

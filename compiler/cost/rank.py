@@ -33,8 +33,12 @@ class Holder:
 
 def run_by_ranks(schedule: Schedule, stages: Sequence[Stage], ranks: int) -> list[Stage]:
     """What each rank runs, as one stage."""
-    own = (stages_of(schedule, rank, len(stages), ranks) for rank in range(ranks))
-    return [together([stages[s] for s in mine]) for mine in own]
+    made: dict[tuple[int, ...], Stage] = {}
+    found = []
+    for rank in range(ranks):
+        own = [stages[s] for s in stages_of(schedule, rank, len(stages), ranks)]
+        found.append(made.setdefault(tuple(map(id, own)), together(own)))
+    return found
 
 
 def holders(

@@ -44,7 +44,8 @@ class Outline:
     """A candidate before its stages are cut.
 
     least_s: no plan of this outline has a shorter step; least_bytes: nor a lower peak;
-        least_whole_bytes: nor a lower one without ZeRO.
+        least_whole_bytes: nor a lower one without ZeRO. busy_s, late_s: of one micro-batch on the
+        whole chain, and what of it a split backward leaves for later.
     """
 
     option: TensorOption
@@ -55,6 +56,8 @@ class Outline:
     least_s: float
     least_bytes: float
     least_whole_bytes: float
+    busy_s: float = 0.0
+    late_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import gcd
 
-from llmspec.compiler.cost.closed import makespan_s
+from llmspec.compiler.cost.closed import least_span_s, makespan_s
 from llmspec.compiler.cost.data import DataCost, DataGroups, added, data_cost
 from llmspec.compiler.cost.hardware import Machine, machine_of
 from llmspec.compiler.cost.memory import Ledger, Residence
@@ -63,7 +63,7 @@ from llmspec.dsl.program import Program
 FEWEST_TOKENS = 1024
 """That a context rank holds unless the spec speaks of context ranks itself."""
 
-INTERLEAVES = (1, 2, 3, 4, 6, 8)
+INTERLEAVES = (1, 2, 4)
 """Stages on each rank that are tried unless the spec speaks of them."""
 
 Operators = tuple[str, ...]
@@ -98,6 +98,8 @@ class Space:
     """The least host memory of a rank among the plans that had too little, by 0."""
     runs: dict[tuple[object, ...], list[Stage]] = field(default_factory=dict)
     held: dict[tuple[object, ...], list[Holder]] = field(default_factory=dict)
+    known_cuts: dict[tuple[object, ...], list[Cut]] = field(default_factory=dict)
+    weights: dict[tuple[object, ...], tuple[list[float], list[float]]] = field(default_factory=dict)
 
     @staticmethod
     def of(program: Program, build: Build) -> Space:
@@ -329,16 +331,24 @@ class Space:
         pinned = self.pins.stage_blocks()
         if pinned is not None:
             return [cut_at(graph, pinned)] if sum(pinned) == self.blocks else []
+        known = (id(outline.option), outline.microbatch, outline.recompute)
+        key = (*known, pipeline, interleave)
+        if key in self.known_cuts:
+            return self.known_cuts[key]
         times, held = self._block_weights(outline)
         ways = [balanced(times, pipeline * interleave)]
         if interleave == 1:
             in_flight = [float(pipeline - s) for s in range(pipeline)]
             ways.append(balanced(held, pipeline, in_flight))
-        return [cut_at(graph, blocks) for blocks in dict.fromkeys(ways)]
+        self.known_cuts[key] = [cut_at(graph, blocks) for blocks in dict.fromkeys(ways)]
+        return self.known_cuts[key]
 
     def _block_weights(self, outline: Outline) -> tuple[list[float], list[float]]:
         """Seconds and kept bytes of each block, with what rides along with it."""
         option, size = outline.option, outline.microbatch
+        key = (id(option), size, outline.recompute)
+        if key in self.weights:
+            return self.weights[key]
         starts = block_starts(self.graph(1))
         stops = [*starts[1:], len(self.instances)]
         times, held = [], []
@@ -347,6 +357,7 @@ class Space:
             stage = self._stage_of(option, size, chosen, start, pipeline=2)
             times.append(stage.busy_s)
             held.append(float(stage.kept_bytes(0)))
+        self.weights[key] = times, held
         return times, held
 
     def stage(self, shape: Shape, start: int, stop: int) -> Stage:
@@ -467,8 +478,15 @@ class Space:
         ranks = shape.grid.pipeline
         if len(data) == ranks:
             return data
-        own = (stages_of(schedule, rank, len(data), ranks) for rank in range(ranks))
-        return [added([data[s] for s in mine]) for mine in own]
+        made: dict[tuple[int, ...], DataCost] = {}
+        found = []
+        for rank in range(ranks):
+            own = [data[s] for s in stages_of(schedule, rank, len(data), ranks)]
+            key = tuple(map(id, own))
+            if key not in made:
+                made[key] = added(own)
+            found.append(made[key])
+        return found
 
     def data_costs(
         self,
@@ -524,8 +542,11 @@ class Space:
         shared = self.shared_weights(stages, mesh, parts.shared, schedule)
         own = self.by_ranks(shape, stages, schedule)
         own_data = self.rank_data_costs(shape, data, schedule)
+        distinct = {(id(s), id(d)): (s, d) for s, d in zip(own, own_data, strict=True)}
+        own, own_data = [s for s, _ in distinct.values()], [d for _, d in distinct.values()]
+        where = shape.option.where
         tails = [
-            tail(s, d, parts, shape.option.where, shared[1], self.types, self.machine, offload)
+            tail(s, d, parts, where, shared[1], self.types, self.machine, offload)
             for s, d in zip(own, own_data, strict=True)
         ]
         return step_times(own, own_data, tails, count, span)
@@ -622,6 +643,8 @@ class Space:
             least_s=microbatches * whole.busy_s / grid.pipeline,
             least_bytes=self._bytes_bound(sketch, whole, kept),
             least_whole_bytes=fixed + (of_one * whole.elements + kept) / grid.pipeline,
+            busy_s=whole.busy_s,
+            late_s=whole.late_s,
         )
 
     def sharded_bytes(self, outline: Outline, zero: int, shards: int) -> float:
@@ -673,6 +696,20 @@ class Space:
             for cut in cuts
         ]
 
+    def least_s(self, outline: Outline, interleave: int, schedule: Schedule) -> float:
+        """No plan of an outline that does this has a shorter step."""
+        ranks = outline.grid.pipeline
+        span = least_span_s(
+            outline.busy_s,
+            outline.late_s,
+            outline.microbatches,
+            schedule=schedule,
+            ranks=ranks,
+            interleave=interleave,
+        )
+        # the sums of floats are in another order there
+        return max(outline.least_s, (1 - 1e-9) * span)
+
     def ways(self, outline: Outline) -> Iterator[tuple[int, list[Schedule]]]:
         """Stages on each rank, and the schedules that may then be."""
         pipeline = outline.grid.pipeline
@@ -684,18 +721,27 @@ class Space:
             if found:
                 yield interleave, found
 
-    def candidates(
-        self, outline: Outline, skip: Callable[[int, int], bool] = lambda zero, shards: False
-    ) -> Iterator[Candidate]:
+    def candidates(self, outline: Outline) -> Iterator[Candidate]:
         """Every plan of an outline; those that do not fit have no times. Where each block has its
         own choice, the fastest choice that fits; no plan where nothing needs to be computed
-        again, unless the spec asks for it. `skip`: which (zero, shards) are not worth a price."""
+        again, unless the spec asks for it."""
+        for interleave, schedules in self.ways(outline):
+            yield from self.candidates_of(outline, interleave, schedules)
+
+    def candidates_of(
+        self,
+        outline: Outline,
+        interleave: int,
+        schedules: list[Schedule],
+        skip: Callable[[int, int], bool] = lambda zero, shards: False,
+    ) -> Iterator[Candidate]:
+        """Those with so many stages on a rank, and under these schedules. `skip`: which (zero,
+        shards) are not worth a price."""
         sharings = [way for way in shardings(outline.grid, self.pins) if not skip(*way)]
-        for interleave, schedules in self.ways(outline) if sharings else ():
-            for shape in self.shapes(outline, interleave):
-                for zero, shards in sharings:
-                    for schedule in schedules:
-                        yield from self._candidates(shape, zero, shards, schedule)
+        for shape in self.shapes(outline, interleave) if sharings and schedules else ():
+            for zero, shards in sharings:
+                for schedule in schedules:
+                    yield from self._candidates(shape, zero, shards, schedule)
 
     def _candidates(
         self, shape: Shape, zero: int, shards: int, schedule: Schedule

@@ -7,8 +7,9 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from llmspec.compiler.orders import Schedule
 from llmspec.compiler.search.candidates import WORTH_OFFLOADING, Candidate, Outline, Sketch
-from llmspec.compiler.search.explain import Tally, families_with, possible_families
+from llmspec.compiler.search.explain import Family, Tally, families_with, possible_families
 from llmspec.compiler.search.space import Space
 
 SHORTLIST = 32
@@ -100,8 +101,25 @@ class Walk:
             for candidate in self.space.smallest_of(outline):
                 self._add(candidate)
         elif not self._hopeless(outline):
-            for candidate in self.space.candidates(outline, self._too_large(outline)):
-                self._add(candidate)
+            shared = possible_families(outline, self.space)
+            shared = {f for f in shared if f[0] not in ("schedule", "interleave")}
+            skip = self._too_large(outline)
+            for interleave, schedules in self.space.ways(outline):
+                left = [s for s in schedules if not self._lost(outline, shared, interleave, s)]
+                for candidate in self.space.candidates_of(outline, interleave, left, skip):
+                    self._add(candidate)
+
+    def _lost(
+        self, outline: Outline, shared: set[Family], interleave: int, schedule: Schedule
+    ) -> bool:
+        """Whether an outline's plans under one schedule can be the best of nothing."""
+        if outline.grid.pipeline == 1:
+            return False
+        least_s = self.space.least_s(outline, interleave, schedule)
+        if not self.shortlist.closed_to(least_s):
+            return False
+        own = {("schedule", str(schedule)), ("interleave", str(interleave))}
+        return self.tally.settled(shared | own, least_s)
 
     def _too_large(self, outline: Outline) -> Callable[[int, int], bool]:
         """Whether a way to shard cannot fit, and is the smallest of nothing."""

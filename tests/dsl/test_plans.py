@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from llmspec.compiler.orders import Schedule
 from llmspec.dsl import SpecError, parse_plan_block
+from llmspec.dsl.options import STAGES_ON_A_RANK
 from llmspec.dsl.program import Relation
 from tests.dsl.specs import SPEC, program
 
@@ -91,3 +93,10 @@ def test_plans_by_name():
 def test_blocks_that_are_none(text):
     with pytest.raises(SpecError):
         parse_plan_block(text)
+
+
+def test_schedules_take_the_stages_that_the_language_says():
+    for word, (fewest, most) in STAGES_ON_A_RANK.items():
+        for each in range(1, 6):
+            fits = fewest <= each <= (most or each)
+            assert Schedule(word).allows(each) == fits
