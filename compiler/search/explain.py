@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -26,6 +27,9 @@ WORDS = {
 
 SEEN = ("context", "context_style", "expert")
 """Families that are spoken of when the search has met them, and that it does not look for."""
+
+PATIENCE = 24
+"""Plans of a family that do not fit before it counts as too large."""
 
 Family = tuple[str, str]
 """("tensor", "8"), ("zero", "3") …"""
@@ -78,7 +82,7 @@ def families_with(outline: Outline, zero: int, shards: int, space: Space) -> set
     if zero:
         names.add(("sharding", "hybrid" if shards < outline.grid.data else "full"))
     if outline.grid.pipeline > 1:
-        for interleave, schedules in space.ways(outline):
+        for interleave, schedules in space.ways(outline.grid.pipeline, outline.microbatches):
             names.add(("interleave", str(interleave)))
             names |= {("schedule", str(s)) for s in schedules}
     return names
@@ -91,10 +95,13 @@ class Tally:
 
     fastest: dict[Family, Candidate] = field(default_factory=dict)
     smallest: dict[Family, Candidate] = field(default_factory=dict)
+    too_large: Counter[Family] = field(default_factory=Counter)
+    """How many members did not fit."""
 
     def add(self, found: Candidate) -> None:
         best = self.fastest if found.times is not None else self.smallest
         for family in families_of(found):
+            self.too_large[family] += found.times is None
             known = best.get(family)
             if known is None or _better(found, known):
                 best[family] = found
@@ -108,9 +115,16 @@ class Tally:
         )
 
     def settled(self, families: set[Family], least_s: float) -> bool:
-        """Whether no plan with a step of at least `least_s` can be any family's fastest."""
-        known = (self.fastest.get(family) for family in families)
-        return all(best is not None and best.weighed_s < least_s for best in known)
+        """Whether no plan with a step of at least `least_s` can be any family's fastest; a family
+        of which so many plans did not fit is not looked for further."""
+        for family in families:
+            best = self.fastest.get(family)
+            if best is None:
+                if self.too_large[family] < PATIENCE:
+                    return False
+            elif best.weighed_s >= least_s:
+                return False
+        return True
 
 
 def _better(new: Candidate, old: Candidate) -> bool:

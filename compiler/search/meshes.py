@@ -76,12 +76,20 @@ def shardings(grid: Grid, pins: Pins) -> Iterator[tuple[int, int]]:
     data ranks. Context ranks shard with each of them, and the key `shard` counts them."""
     if pins.allows("zero", 0) and pins.allows("shard", 1):
         yield 0, 1
-    for shards in divisors(grid.data):
+    tried = divisors(grid.data)
+    if not pins.about("shard"):
+        tried = [n for n in tried if _is_power_of_16(grid.data // n)]
+    for shards in tried:
         parts = shards * grid.context
         if parts == 1 or not pins.allows("shard", parts):
             continue
         for zero in pins.allowed("zero", (1, 2, 3)):
             yield zero, shards
+
+
+def _is_power_of_16(ratio: int) -> bool:
+    """All data ranks, a sixteenth of them …: between them little changes."""
+    return ratio & (ratio - 1) == 0 and ratio.bit_length() % 4 == 1
 
 
 def nearest_batches(batch: int, data: list[int]) -> list[int]:

@@ -56,15 +56,31 @@ from llmspec.compiler.search.meshes import Grid, divisors, grids, shardings
 from llmspec.compiler.search.options import Solved, TensorOption, seen_as, tensor_options
 from llmspec.compiler.search.pins import Pins, Recompute
 from llmspec.compiler.search.policies import Chosen, Policies, fitting
-from llmspec.compiler.search.stages import Cut, balanced, block_starts, cut_at, evenest
+from llmspec.compiler.search.stages import (
+    Cut,
+    balanced,
+    block_starts,
+    cut_at,
+    evenest,
+    freed_span_s,
+)
 from llmspec.compiler.views import WHOLE_VIEW, View, seen
 from llmspec.dsl.program import Program
 
-FEWEST_TOKENS = 1024
+FEWEST_TOKENS = 8192
 """That a context rank holds unless the spec speaks of context ranks itself."""
 
 INTERLEAVES = (1, 2, 4)
 """Stages on each rank that are tried unless the spec speaks of them."""
+ONLY_PINNED = (
+    (Schedule.GPIPE, 1),
+    (Schedule.DUALPIPEV, 2),
+    (Schedule.ZERO_BUBBLE, 2),
+    (Schedule.ZERO_BUBBLE, 4),
+)
+"""(schedule, stages on a rank) that are tried only where the spec speaks of schedules. GPipe takes
+as long as 1F1B and holds more. ZBV has two stages on a rank and no bubble either; DualPipeV is for
+overlapping a forward with a backward, which is not done here."""
 
 Operators = tuple[str, ...]
 """The names of all operators of a graph."""
@@ -86,6 +102,8 @@ class Space:
     operators: dict[int, Operators] = field(default_factory=dict)
     options: dict[tuple[int, View, Operators], list[TensorOption]] = field(default_factory=dict)
     solved: Solved = field(default_factory=dict)
+    cheapest: dict[tuple[int, int], float] = field(default_factory=dict)
+    styles: dict[tuple[int, int, int], list[View]] = field(default_factory=dict)
     unit_costs: dict[tuple[int, int], dict[str, UnitCost]] = field(default_factory=dict)
     stages: dict[tuple[object, ...], Stage] = field(default_factory=dict)
     choices: dict[tuple[object, ...], Chosen | None] = field(default_factory=dict)
@@ -177,14 +195,33 @@ class Space:
         )
 
     def views(self, grid: Grid) -> list[View]:
+        """Styles that are slower than another and keep no less are left out."""
         if grid.context == 1:
             return [View(expert=grid.expert)]
-        styles = possible_styles(self.graph(1), grid.context)
-        return [
-            View(context=grid.context, style=style, expert=grid.expert)
-            for style in styles
-            if self.pins.allows("context_style", style)
-        ]
+        key = (grid.tensor, grid.context, grid.expert)
+        if key not in self.styles:
+            styles = possible_styles(self.graph(1), grid.context)
+            found = [
+                View(context=grid.context, style=style, expert=grid.expert)
+                for style in styles
+                if self.pins.allows("context_style", style)
+            ]
+            self.styles[key] = found if len(found) < 2 else self._worth_having(grid.tensor, found)
+        return self.styles[key]
+
+    def _worth_having(self, tensor: int, views: list[View]) -> list[View]:
+        priced = []
+        for view in views:
+            options = self.tensor_options(tensor, 1, view)
+            whole = [self._whole(option, 1, Recompute.NONE) for option in options]
+            least_s = min((w.busy_s for w in whole), default=float("inf"))
+            priced.append((least_s, min((w.kept_bytes(0) for w in whole), default=0), view))
+        priced.sort(key=lambda p: p[:2])
+        kept: list[tuple[float, int, View]] = []
+        for one in priced:
+            if not any(other[1] <= one[1] for other in kept):
+                kept.append(one)
+        return [view for _, _, view in kept]
 
     def tensor_options(self, ranks: int, microbatch: int, view: View) -> list[TensorOption]:
         """Placements are found at one sequence, and serve every micro-batch whose graph has the
@@ -230,6 +267,9 @@ class Space:
     def recomputes(self) -> list[Recompute]:
         """What blocks may do; what stands alone never computes again."""
         allowed = self.pins.recompute()
+        if Recompute.SELECTIVE in allowed:
+            # what it comes to when nothing less fits
+            allowed = tuple(kind for kind in allowed if kind is not Recompute.FULL)
         alone = not any(i.prefix for i in self.instances)
         return [Recompute.NONE] if alone and Recompute.NONE in allowed else list(allowed)
 
@@ -300,8 +340,10 @@ class Space:
     def schedules(self, pipeline: int, interleave: int = 1) -> list[Schedule]:
         if pipeline == 1:
             return [Schedule.ONE_F_ONE_B]
-        fitting = (s for s in SIMPLER if s.allows(interleave))
-        return [s for s in fitting if self.pins.allows("schedule", str(s))]
+        fitting = [s for s in SIMPLER if s.allows(interleave)]
+        if self.pins.about("schedule"):
+            return [s for s in fitting if self.pins.allows("schedule", str(s))]
+        return [s for s in fitting if (s, interleave) not in ONLY_PINNED]
 
     # -- prices
 
@@ -640,12 +682,70 @@ class Space:
             microbatch=microbatch,
             microbatches=microbatches,
             recompute=recompute,
-            least_s=microbatches * whole.busy_s / grid.pipeline,
+            least_s=max(
+                self._even_span_s(whole, grid.pipeline, microbatches),
+                self._freed_span_s(sketch, option, recompute, whole),
+            ),
             least_bytes=self._bytes_bound(sketch, whole, kept),
             least_whole_bytes=fixed + (of_one * whole.elements + kept) / grid.pipeline,
             busy_s=whole.busy_s,
             late_s=whole.late_s,
         )
+
+    def _even_span_s(self, whole: Stage, pipeline: int, microbatches: int) -> float:
+        """No cut under any schedule has a shorter step."""
+        if pipeline == 1:
+            return microbatches * whole.busy_s
+        spans = [
+            least_span_s(
+                whole.busy_s,
+                whole.late_s,
+                microbatches,
+                schedule=schedule,
+                ranks=pipeline,
+                interleave=interleave,
+            )
+            for interleave, schedules in self.ways(pipeline, microbatches)
+            for schedule in schedules
+        ]
+        # the sums of floats are in another order there
+        return (1 - 1e-9) * min(spans, default=0.0)
+
+    def _freed_span_s(
+        self, sketch: Sketch, option: TensorOption, recompute: Recompute, whole: Stage
+    ) -> float:
+        """No plan that computes again what does not fit has a shorter step."""
+        if recompute is not Recompute.SELECTIVE or any(ACTIVATIONS in o for o in self.offloads):
+            return 0.0
+        grid = sketch.grid
+        elements = whole.elements + (grid.expert - 1) * whole.expert_elements
+        stored = self._least_kept(whole)[0] * elements / (grid.data * grid.context)
+        return freed_span_s(
+            busy_s=whole.busy_s,
+            kept=whole.kept_bytes(0),
+            stored=stored,
+            budget=self.budget_bytes - self.machine.fixed_bytes,
+            s_per_byte=self._cheapest_s(option, sketch.microbatch),
+            pipeline=grid.pipeline,
+            microbatches=sketch.microbatches,
+        )
+
+    def _cheapest_s(self, option: TensorOption, microbatch: int) -> float:
+        """Seconds of computing again for each byte that is not kept, at the least."""
+        key = (id(option), microbatch)
+        if key not in self.cheapest:
+            costs = self.costs(option, microbatch)
+            names = dict.fromkeys(i.unit for i in self.instances if i.prefix)
+            self.cheapest[key] = min(
+                (
+                    again.whole_s / (costs[name].saved_bytes - again.kept_bytes)
+                    for name in names
+                    for again in self.policies.choices(option, microbatch, name)
+                    if again.kept_bytes < costs[name].saved_bytes
+                ),
+                default=0.0,
+            )
+        return self.cheapest[key]
 
     def sharded_bytes(self, outline: Outline, zero: int, shards: int) -> float:
         """No plan of the outline that shards so has a lower peak."""
@@ -710,14 +810,10 @@ class Space:
         # the sums of floats are in another order there
         return max(outline.least_s, (1 - 1e-9) * span)
 
-    def ways(self, outline: Outline) -> Iterator[tuple[int, list[Schedule]]]:
+    def ways(self, pipeline: int, microbatches: int) -> Iterator[tuple[int, list[Schedule]]]:
         """Stages on each rank, and the schedules that may then be."""
-        pipeline = outline.grid.pipeline
         for interleave in self.interleaves(pipeline):
             found = self.schedules(pipeline, interleave)
-            if not self.pins.about("schedule") and outline.microbatches < 2 * pipeline:
-                # its phases overlap nothing then
-                found = [s for s in found if s is not Schedule.DUALPIPEV]
             if found:
                 yield interleave, found
 
@@ -725,7 +821,7 @@ class Space:
         """Every plan of an outline; those that do not fit have no times. Where each block has its
         own choice, the fastest choice that fits; no plan where nothing needs to be computed
         again, unless the spec asks for it."""
-        for interleave, schedules in self.ways(outline):
+        for interleave, schedules in self.ways(outline.grid.pipeline, outline.microbatches):
             yield from self.candidates_of(outline, interleave, schedules)
 
     def candidates_of(
@@ -832,7 +928,9 @@ class Space:
 
     def smallest_of(self, outline: Outline) -> Iterator[Candidate]:
         """Of each ZeRO level the plan that shards most, for what cannot fit anyway."""
-        for interleave, schedules in list(self.ways(outline))[:1]:
+        for interleave, schedules in list(self.ways(outline.grid.pipeline, outline.microbatches))[
+            :1
+        ]:
             for shape in self.shapes(outline, interleave)[-1:]:
                 for zero, shards in dict(shardings(outline.grid, self.pins)).items():
                     yield from self._candidates(shape, zero, shards, schedules[0])

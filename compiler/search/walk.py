@@ -12,7 +12,7 @@ from llmspec.compiler.search.candidates import WORTH_OFFLOADING, Candidate, Outl
 from llmspec.compiler.search.explain import Family, Tally, families_with, possible_families
 from llmspec.compiler.search.space import Space
 
-SHORTLIST = 32
+SHORTLIST = 12
 """Plans that are played after the closed form has ranked them."""
 
 
@@ -104,7 +104,9 @@ class Walk:
             shared = possible_families(outline, self.space)
             shared = {f for f in shared if f[0] not in ("schedule", "interleave")}
             skip = self._too_large(outline)
-            for interleave, schedules in self.space.ways(outline):
+            for interleave, schedules in self.space.ways(
+                outline.grid.pipeline, outline.microbatches
+            ):
                 left = [s for s in schedules if not self._lost(outline, shared, interleave, s)]
                 for candidate in self.space.candidates_of(outline, interleave, left, skip):
                     self._add(candidate)
