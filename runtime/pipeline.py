@@ -7,11 +7,13 @@ mean something else, and they agree on shapes by messages that a dry run cannot 
 are static, and what is reduced when is what the list says.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -71,6 +73,18 @@ class _Step:
     late: dict[tuple[int, int], list[Product]] = field(default_factory=dict)
     arrivals: dict[Action, list[Any]] = field(default_factory=dict)
     sends: list[Any] = field(default_factory=list)
+
+
+def planned_actions(plan: Path) -> dict[int, list[str]]:
+    """Each pipeline rank's list, as a plan.json has them."""
+    return dict(enumerate(json.loads(plan.read_text())["actions"]))
+
+
+def planned_actions_by_count(plan: Path) -> dict[int, dict[int, list[str]]]:
+    """The same by the number of micro-batches, of a plan whose batch grows."""
+    known = json.loads(plan.read_text())
+    lists = known["ramp_actions"] | {str(known["microbatches"]): known["actions"]}
+    return {int(count): dict(enumerate(ranks)) for count, ranks in lists.items()}
 
 
 class Executor:

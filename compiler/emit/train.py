@@ -25,6 +25,10 @@ def literal(value: Option) -> str:
     raise InternalError(f"{value!r} cannot be written into a program")
 
 
+MOST_WORDS = 4000
+"""Actions that train.py spells out; more of them it reads from plan.json."""
+
+
 @dataclass
 class TrainPrinter:
     program: Program
@@ -80,6 +84,13 @@ class TrainPrinter:
         if Schedule(self.plan.schedule).splits:
             self.text.line("# I: the part of a backward that the stage before waits for; W, when")
             self.text.line("# there is time, the rest of it: the gradients of matrices")
+        total = sum(map(len, self.plan.actions))
+        if total > MOST_WORDS:
+            name = "planned_actions" + ("_by_count" if self.ramp else "")
+            self.imports.add(f"from runtime.pipeline import {name}")
+            self.text.line(f"# {total:,} of them, in plan.json".replace(",", "_"))
+            self.text.line(f'ACTIONS = {name}(FOLDER / "plan.json")')
+            return
         if not self.ramp:
             with self.text.block("ACTIONS = {"):
                 self.action_lists(self.plan.actions)

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from llmspec.compiler.emit import train
 from llmspec.compiler.orders import Schedule
 from llmspec.compiler.verify.plan import verify_plan
 from tests.compiler.verify.models import MODELS, planned, spec_text
@@ -52,6 +53,11 @@ def check(model: str, devices: int, pins: str, microbatches: int) -> None:
 @pytest.mark.parametrize(("devices", "pins"), SHORT, ids=lambda v: str(v))
 def test_gradients(devices: int, pins: str) -> None:
     check("gpt", devices, pins, 4)
+
+
+def test_long_lists_are_read_from_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "MOST_WORDS", 0)
+    check("llama", 2, "pipeline = 2; schedule = 1f1b", 4)
 
 
 @pytest.mark.long
