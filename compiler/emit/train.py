@@ -84,10 +84,8 @@ class TrainPrinter:
         if Schedule(self.plan.schedule).splits:
             self.text.line("# I: the part of a backward that the stage before waits for; W, when")
             self.text.line("# there is time, the rest of it: the gradients of matrices")
-        total = sum(map(len, self.plan.actions))
-        if total > MOST_WORDS:
-            name = "planned_actions" + ("_by_count" if self.ramp else "")
-            self.imports.add(f"from runtime.pipeline import {name}")
+        if name := self.actions_reader():
+            total = sum(map(len, self.plan.actions))
             self.text.line(f"# {total:,} of them, in plan.json".replace(",", "_"))
             self.text.line(f'ACTIONS = {name}(FOLDER / "plan.json")')
             return
@@ -104,6 +102,12 @@ class TrainPrinter:
                     self.action_lists(lists)
                 self.text.line("},")
         self.text.line("}")
+
+    def actions_reader(self) -> str:
+        """What reads lists that are too long to be spelled out; "" for others."""
+        if sum(map(len, self.plan.actions)) <= MOST_WORDS:
+            return ""
+        return "planned_actions_by_count" if self.ramp else "planned_actions"
 
     def action_lists(self, lists: tuple[tuple[str, ...], ...]) -> None:
         for rank, words in enumerate(lists):
@@ -264,6 +268,8 @@ class TrainPrinter:
     def staged_init(self) -> None:
         t = self.text
         self.imports.add("from runtime.pipeline import Executor")
+        if name := self.actions_reader():
+            self.imports.add(f"from runtime.pipeline import {name}")
         schedule, stages = Schedule(self.plan.schedule), len(self.plan.stages)
         if self.plan.interleave == 1:
             t.line("stages = [mesh.pipeline.rank]")
