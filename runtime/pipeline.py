@@ -28,7 +28,10 @@ _WORD = re.compile(r"(\d+)(UNSHARD|RESHARD|REDUCE_GRAD|(?:SEND_|RECV_)?[FB]|[IW]
 
 
 class Gradients(Protocol):
-    """ReplicatedGradients or ShardedGradients of one stage."""
+    """ReplicatedGradients or ShardedGradients of one stage. in_parts: some of its backwards come in
+    two parts."""
+
+    in_parts: bool
 
     def before_microbatch(self, micro: Any) -> None: ...
     def weights(self, products: list[Product]) -> None: ...
@@ -117,6 +120,8 @@ class Executor:
         self.actions = lists[mesh.pipeline.rank]
         self.turns = _turns(self.actions)
         self.split = {(a.stage, a.microbatch) for a in self.actions if a.kind == "I"}
+        for stage, _ in self.split:
+            gradients[stage].in_parts = True
         own = {stage for stage, rank in self.owner.items() if rank == mesh.pipeline.rank}
         assert own == set(stages) == set(gradients), f"the lists give this rank stages {own}"
         if mesh.device.type == "cuda" and mesh.pipeline.size > 1:

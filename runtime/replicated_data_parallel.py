@@ -52,6 +52,7 @@ class ReplicatedGradients:
         self.buckets: list[_Bucket] = []
         self.place: dict[nn.Parameter, tuple[int, int]] = {}
         self.state = _State()
+        self.in_parts = False  # nothing depends on it here
 
     def before_microbatch(self, micro: Any) -> None:
         """micro: anything with `first` and `last` (see Turn)."""

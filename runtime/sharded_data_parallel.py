@@ -60,6 +60,9 @@ class ShardedGradients:
         assert zero in (1, 2, 3), f"ZeRO {zero} does not shard parameters"
         self.model, self.mesh, self.level = model, mesh, zero
         self.reduce = reduce
+        # backwards in two parts: a unit's gradients are not the same ones each time they are summed
+        # over the shards, so that parts cannot wait for the replicas
+        self.in_parts = False
         traits(model)  # keeps them: fully_shard replaces the parameters
         self.partial = partial_parameters(model, mesh)
         self.on_host, self.marked = on_host, False
@@ -108,7 +111,7 @@ class ShardedGradients:
         root.set_is_last_backward(micro.last)
         root.set_requires_gradient_sync(reduce)
         # replicas: parts are summed over the shards each time, over the replicas once
-        root.set_requires_all_reduce(micro.last)
+        root.set_requires_all_reduce(micro.last or self.in_parts)
         root.set_reshard_after_backward(micro.last or self.level == 3)
 
     def weights(self, products: list[Product]) -> None:

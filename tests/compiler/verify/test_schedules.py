@@ -17,6 +17,7 @@ SHORT = [
     (2, "pipeline = 2; schedule = zero_bubble; interleave = 1; stages = [3, 5]"),
     (2, "pipeline = 2; schedule = zbv; recompute = full"),
     (4, "pipeline = 2; data = 2; zero = 3; schedule = dualpipev"),
+    (8, "pipeline = 2; data = 4; shard = 2; zero = 3; schedule = zero_bubble"),
 ]
 
 
@@ -41,7 +42,7 @@ def cases() -> list[tuple[int, str]]:
 
 
 def check(model: str, devices: int, pins: str, microbatches: int) -> None:
-    data = 2 if "data = 2" in pins else 1
+    data = next((n for n in (2, 4) if f"data = {n}" in pins), 1)
     text = spec_text(MODELS[model], devices, data * microbatches, f"{pins}; microbatch = 1")
     session, plan = planned(text)
     report, small = verify_plan(session, plan, largest=4)
