@@ -133,12 +133,15 @@ def _repeat(node: fx.Node, shapes: Shapes) -> int:
 
 
 def _ulysses_saved(node: fx.Node, shapes: Shapes) -> Saved:
-    """q, k, v and the result as they are after the exchange: other tensors than the operands."""
-    b, t, h, _ = shapes.operands[0]
+    """q, k, v and the result as they are after the exchange: other tensors than the operands; heads
+    of another size than the widest are filled up with zeros (see `kernel_saved`)."""
+    b, t, h, e = shapes.operands[0]
+    widest = max(e, shapes.operands[2][-1])
     keys = _repeat(node, shapes) * (numel(shapes.operands[1]) + numel(shapes.operands[2]))
     queries = numel(shapes.operands[0])
     if not node.args[5]:
-        kept = queries + numel(shapes.result) + keys
+        repeated = _repeat(node, shapes) * shapes.operands[1][2]
+        kept = widest * b * t * (2 * h + 2 * repeated)
         return Saved(extra_elements=kept, extra_bytes=4 * b * t * h)
     square = b * h * t * t * _ranks(node)
     return Saved(extra_elements=queries + keys, extra_bytes=6 * square)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from llmspec.compiler.build.model import build_model
 from llmspec.compiler.search import Found, search
 from llmspec.compiler.search.candidates import WORTH_OFFLOADING
-from llmspec.compiler.search.explain import families_of
+from llmspec.compiler.search.explain import PATIENCE, families_of
 from llmspec.compiler.search.meshes import nearest_batches
 from llmspec.compiler.search.space import Space
 from llmspec.compiler.search.stages import balanced, block_starts, cut_at
@@ -57,7 +57,9 @@ def test_bounds_leave_out_nothing_that_matters(name):
         of_family = [c.weighed_s for c in fitting if family in families_of(c)]
         with_them = [c.weighed_s for c in offloaded if family in families_of(c)]
         assert found.weighed_s >= min(of_family + with_them) * (1 - 1e-3)
-        assert not of_family or found.weighed_s <= min(of_family) * (1 + 1e-3)
+        # a family is given up when so many of it did not fit
+        if of_family and walk.tally.too_large[family] < PATIENCE:
+            assert found.weighed_s <= min(of_family) * (1 + 1e-3)
     assert (len(fitting) < len(every)) == (name == "little memory")
 
 

@@ -14,7 +14,7 @@ from llmspec.compiler.verify.compare import FLOAT32
 from llmspec.compiler.verify.half import error_ratios
 from llmspec.compiler.verify.plan import verify_plan
 from llmspec.compiler.verify.run import verify_folder
-from llmspec.compiler.verify.shrink import shrink
+from llmspec.compiler.verify.shrink import shrink, small_recompute
 from tests.compiler.verify.models import MODELS, planned, spec_text
 
 Case = tuple[int, int, str]
@@ -82,8 +82,10 @@ def check(model: str, case: Case, precision: str, folder: Path) -> None:
     single = planned(
         spec_text(MODELS[model], 1, rows, f"microbatch = {small.microbatch}", precision=precision)
     )[1]
+    graph = little.graph(small.microbatch)
     alone = replace(
         single,
+        recompute=small_recompute(single.recompute, graph),
         mesh=MeshSizes(),
         stages=((0, blocks),),
         microbatch=small.microbatch,

@@ -1,4 +1,4 @@
-"""Emitted by llmspec from offload_last.llmspec. Spec 384feb4a7ba2, plan 53a3a4.
+"""Emitted by llmspec from offload_last.llmspec. Spec 384feb4a7ba2, plan 0b9af0.
 Change the spec or the plan, then: llmspec compile offload_last.llmspec
 
 Mesh: pipeline 2 = 2 processes. ZeRO 0. In host memory: the optimizer.
@@ -21,14 +21,7 @@ from runtime.parameters import Group, local, parameter
 from runtime.rotary import rotary
 
 COMPUTE = torch.bfloat16  # weights are stored in float32
-STAGES = (
-    (0, 2),
-    (2, 4),
-    (4, 6),
-    (6, 8),
-    (8, 11),
-    (11, 12),
-)  # blocks of each pipeline stage: first, stop
+STAGES = ((0, 3), (3, 7), (7, 11), (11, 12))  # blocks of each pipeline stage: first, stop
 
 
 class First(nn.Module):
