@@ -534,6 +534,29 @@ def parameters_are_sharded(pins: Pins) -> None:
         )
 
 
+def experts_have_copies(pins: Pins) -> None:
+    """FSDP2 holds in host memory what it gathers: not experts that one rank alone has."""
+    expert, offload = pins.pinned("expert"), pins.pinned("offload")
+    if expert is None or offload is None or pins.cluster is None:
+        return
+    ranks = pins.number("expert") or 1
+    if ranks == 1 or "parameters" not in words_of(offload.values[0]):
+        return
+    most = pins.cluster.world_size // prod(pins.number(k) or 1 for k in ("tensor", "pipeline"))
+    data, context = pins.number("data"), pins.number("context")
+    if data is not None and context is not None:
+        most = min(most, data * context)
+    if most <= ranks:
+        raise fault(
+            "E0414",
+            "`offload = parameters` needs ranks that share each expert",
+            expert.span,
+            "no expert is on two of the ranks that share parameters, and ZeRO 3 gathers none",
+            secondary=((offload.span, "pinned here"),),
+            helps=("use fewer expert ranks, or write `offload = optimizer`",),
+        )
+
+
 def words_of(value: Option) -> tuple[Option, ...]:
     return value if isinstance(value, tuple) else (value,)
 
@@ -581,6 +604,7 @@ RULES: tuple[Callable[[Pins], None], ...] = (
     context_splits_tokens,
     ulysses_splits_heads,
     parameters_are_sharded,
+    experts_have_copies,
     batch_divides,
 )
 

@@ -91,9 +91,18 @@ def refused(row: Row) -> str | None:
         return "there is nobody to shard with"
     if known("zero") and "parameters" in row.get("offload", "") and row["zero"] != "3":
         return "parameters are offloaded by ZeRO 3"
+    if _one_copy_of_experts(row):
+        return "parameters that leave are gathered from several ranks"
     if row.get("data") == "4 of 2" and row.get("zero") == "0":
         return "ZeRO 0 shards nothing"
     return None
+
+
+def _one_copy_of_experts(row: Row) -> bool:
+    """And they are to leave."""
+    if row.get("expert", "1") == "1" or "parameters" not in row.get("offload", ""):
+        return False
+    return "data" in row and "context" in row and ranks(row, "data") * ranks(row, "context") == 2
 
 
 def pins(row: Row) -> str:
