@@ -8,7 +8,7 @@ import re
 
 import jinja2
 
-from llmspec.compiler.emit.model import Header
+from llmspec.compiler.emit.header import Header
 from llmspec.compiler.emit.text import quoted
 from llmspec.compiler.plan import Plan
 from llmspec.dsl.program import DeviceKind, Program

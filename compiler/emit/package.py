@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 from llmspec.compiler.emit.launch import print_launchers
-from llmspec.compiler.emit.model import print_model
+from llmspec.compiler.emit.model import ModelPrinter
 from llmspec.compiler.emit.report import print_report
 from llmspec.compiler.emit.train import print_train
 from llmspec.compiler.lower import Lowered
@@ -53,14 +53,14 @@ def emit(
 ) -> dict[str, str]:  # type: ignore[no-untyped-def]
     """Every file of the directory: relative path -> text. Same program and plan, same bytes."""
     train = program.train
-    model = print_model(
-        lowered,
+    model = ModelPrinter(
+        lowered=lowered,
         precision=precision_of(train),
         seed=train.seed,
         spec=lowered.plan.spec,
         times=times,
         freed=freed,
-    )
+    ).print()
     files = {
         "model.py": model,
         "train.py": print_train(program, lowered, model_flops_per_token=flops_per_token),

@@ -12,7 +12,7 @@ from torch import fx
 
 from llmspec.compiler.cost.hardware import machine_of
 from llmspec.compiler.cost.types import types_of
-from llmspec.compiler.emit.model import Header
+from llmspec.compiler.emit.header import Header
 from llmspec.compiler.emit.text import in_bytes, plural, quoted
 from llmspec.compiler.emit.timeline import Forecast, computing, forecast, play
 from llmspec.compiler.graph import Unit

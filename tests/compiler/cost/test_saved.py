@@ -9,7 +9,7 @@ import torch
 
 from llmspec import dsl
 from llmspec.compiler.build.model import build_model
-from llmspec.compiler.emit.model import print_model
+from llmspec.compiler.emit.model import ModelPrinter
 from llmspec.compiler.lower import lower
 from llmspec.compiler.precision import Precision
 from llmspec.compiler.search import search
@@ -83,7 +83,10 @@ def planned(name: str, ranks: int, *more):
     spec = program(model, cluster(1, ranks, CPU), batch=2, precision="fp32", plan=tuple(pins))
     found = search(spec, lambda b: build_model(model, sequences=b, tokens=model.context))
     lowered = lower(build_model(model, sequences=2, tokens=model.context), found.plan)
-    text = print_model(lowered, precision=Precision(compute="fp32"), seed=1, spec="test")
+    printer = ModelPrinter(
+        lowered=lowered, precision=Precision(compute="fp32"), seed=1, spec="test"
+    )
+    text = printer.print()
     return text, found.plan.predicted["predicted"]["memory_bytes"]["activations"]
 
 

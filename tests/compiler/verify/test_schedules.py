@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from llmspec.compiler.emit import train
+from llmspec.compiler.emit import actions
 from llmspec.compiler.orders import Schedule
 from llmspec.compiler.verify.plan import verify_plan
 from tests.compiler.verify.models import MODELS, planned, spec_text
@@ -57,7 +57,7 @@ def test_gradients(devices: int, pins: str) -> None:
 
 
 def test_long_lists_are_read_from_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "MOST_WORDS", 0)
+    monkeypatch.setattr(actions, "MOST_WORDS", 0)
     check("llama", 2, "pipeline = 2; schedule = 1f1b", 4)
 
 

@@ -1,0 +1,65 @@
+"""What the parts of train.py share: the plan, what follows from it, the text so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llmspec.compiler.emit.text import Text
+from llmspec.compiler.errors import InternalError
+from llmspec.compiler.lower import Lowered
+from llmspec.compiler.ops import routing
+from llmspec.compiler.precision import precision_of
+from llmspec.dsl.program import Option, Program
+
+
+def literal(value: Option) -> str:
+    """A value of the spec as Python source; only plain data gets through."""
+    if isinstance(value, tuple):
+        inner = ", ".join(literal(v) for v in value)
+        return f"({inner},)" if len(value) == 1 else f"({inner})"
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    raise InternalError(f"{value!r} cannot be written into a program")
+
+
+@dataclass
+class TrainFile:
+    """train.py while it is printed, and what is read off the plan to print it.
+
+    imports: lines, filled while printing.
+    """
+
+    program: Program
+    lowered: Lowered
+    model_flops_per_token: float
+    text: Text = field(default_factory=Text)
+    imports: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.plan = self.lowered.plan
+        self.train = self.program.train
+        self.precision = precision_of(self.train)
+        self.staged = len(self.plan.stages) > 1
+        self.ramp = self.train.ramp_stages
+        calls = {n.target for unit in self.lowered.whole.units.values() for n in unit.calls()}
+        self.experts = routing.expert_counts in calls
+        self.inner_losses = bool(calls & {routing.balance_loss, routing.z_loss})
+        # FSDP2 needs to be told of every type that is not the stored one
+        shorter = self.precision.mixed or self.precision.reduced != self.precision.stored
+        self.typed = shorter and self.plan.zero > 0
+
+    @property
+    def stored_on_host(self) -> bool:
+        return "parameters" in self.plan.offload
+
+    def home(self) -> str:
+        return ", on_host=True" if self.stored_on_host else ""
+
+    def unscaled(self) -> str:
+        """An argument of `clip_`, which divides by the loss scale as it clips."""
+        return ", loss_scale=self.scale.value" if self.precision.loss_scale else ""
+
+    def peak(self) -> float | None:
+        """Peak operations per second of one device, in the type that products run in."""
+        peaks = self.program.cluster.device.peak_flops
+        return peaks.get(self.precision.matrix) or peaks.get("fp32")
