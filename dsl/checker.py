@@ -7,31 +7,20 @@ from collections.abc import Iterable
 
 from llmspec.dsl import syntax
 from llmspec.dsl.diagnostics import Diagnostic, Fault, did_you_mean, fault, listing, shown
-from llmspec.dsl.hardware import (
-    bytes_per_node,
-    cluster_of,
-    device_of,
-    equal_only,
-    in_bytes,
-    settings_of,
-)
+from llmspec.dsl.goals import budget_of, check_goals, prefer_of
+from llmspec.dsl.hardware import cluster_of, device_of
 from llmspec.dsl.model_values import ModelFinder, must_exist
-from llmspec.dsl.options import PREFERENCES_NOW
 from llmspec.dsl.plans import Pins, check_pins, constraints_of
 from llmspec.dsl.program import (
     AnyModel,
-    Budget,
     Cluster,
     Constraint,
-    Prefer,
     Program,
     Span,
     Train,
 )
 from llmspec.dsl.sources import Scope, Sources
 from llmspec.dsl.training import Context, Reader, train_keys
-from llmspec.dsl.units import Measure, render_bytes
-from llmspec.dsl.values import evaluate, no_meaning
 
 
 class Checker:
@@ -65,9 +54,12 @@ class Checker:
         train = reader.read()
         self.collect(reader.faults)
         self.check_files(train)
-        budget = self.attempt(lambda: self.budget(cluster))
-        prefer = self.attempt(self.prefer)
+        budget = self.attempt(lambda: budget_of(self.own("budget"), cluster))
+        lines = [d for d in self.scope.file.declarations if isinstance(d, syntax.Prefer)]
+        prefer = self.attempt(lambda: prefer_of(lines))
         plan = self.plan(nodes, model, cluster, train)
+        if prefer and budget and cluster and train:
+            self.attempt(lambda: check_goals(lines, budget, cluster, train))
         if self.sources.diagnostics or not (model and cluster and train and budget and prefer):
             return None
         return Program(
@@ -181,66 +173,6 @@ class Checker:
             tokenizer = dict(call.options).get("tokenizer")
             if isinstance(tokenizer, str) and tokenizer != "bytes":
                 self.attempt(lambda t=tokenizer, c=call: must_exist(self.folder, t, c.span))
-
-    def budget(self, cluster: Cluster | None) -> Budget | None:
-        sections = self.own("budget")
-        if not sections:
-            return Budget(memory_bytes=cluster.device.usable_bytes) if cluster else None
-        section = sections[0]
-        keys = settings_of(section.body, ("memory", "host_memory", "deadline", "cost"), "budget")
-        for later in ("deadline", "cost"):
-            if later in keys:
-                raise no_meaning(f"`{later}` in a budget", keys[later].span)
-        memory = cluster.device.usable_bytes if cluster else 0
-        host_memory = None
-        if "host_memory" in keys:
-            host_memory = bytes_per_node(equal_only(keys["host_memory"]), "host_memory")
-        span = section.span
-        if "memory" in keys:
-            node = equal_only(keys["memory"])
-            span = node.span
-            memory = in_bytes(node, "memory")
-            value = evaluate(node)
-            if not isinstance(value, Measure) or value.per not in ("gpu", "device"):
-                raise fault(
-                    "E0302",
-                    "`memory` does not say per what",
-                    node.span,
-                    helps=("it is written like `72 GiB per gpu`",),
-                )
-            if cluster and memory > cluster.device.usable_bytes:
-                usable = render_bytes(cluster.device.usable_bytes)
-                raise fault(
-                    "E0409",
-                    f"the budget is more than `{cluster.device.name}` has",
-                    node.span,
-                    f"it can hand out {usable}",
-                )
-        return Budget(memory_bytes=memory, host_memory_bytes=host_memory, span=span)
-
-    def prefer(self) -> Prefer:
-        lines = [d for d in self.scope.file.declarations if isinstance(d, syntax.Prefer)]
-        if len(lines) > 1:
-            raise fault(
-                "E0217",
-                "`prefer` is given twice",
-                lines[1].span,
-                "here again",
-                secondary=((lines[0].span, "first here"),),
-            )
-        for line in lines:
-            known = [p.value for p in Prefer]
-            if line.words not in known:
-                raise fault(
-                    "E0504",
-                    f"`prefer` cannot be `{shown(line.words)}`",
-                    line.span,
-                    f"expected {listing(known)}",
-                    helps=did_you_mean(line.words, known),
-                )
-            if line.words not in PREFERENCES_NOW:
-                raise no_meaning(f"`prefer {line.words}`", line.span)
-        return Prefer.THROUGHPUT
 
     def plan(
         self,

@@ -44,8 +44,8 @@ def _divide_experts(pins: Pins, constraint: Constraint) -> None:
         )
     if not counts or any(common % v == 0 for v in values):
         return
-    shared = common if pins.cluster is None else gcd(common, pins.cluster.world_size)
-    fits = [d for d in range(1, shared + 1) if shared % d == 0]
+    worlds = (common,) if pins.cluster is None else pins.cluster.worlds()
+    fits = [d for d in range(1, common + 1) if any(gcd(common, w) % d == 0 for w in worlds)]
     raise fault(
         "E0413",
         f"{values[0]} expert ranks cannot share {_listed(counts)} experts",
@@ -63,12 +63,14 @@ def _divide_data(pins: Pins, constraint: Constraint) -> None:
     """The data ranks are pinned, or divide what other pinned axes leave of the cluster."""
     data, values = pins.number("data"), _numbers(constraint)
     keys: tuple[str, ...] = ("data",)
+    counts = [data] if data is not None else []
     if data is None and pins.cluster is not None:
         keys = tuple(key for key in OTHERS if pins.number(key))
-        data, rest = divmod(pins.cluster.world_size, prod(pins.number(k) or 1 for k in keys))
-        data = None if rest else data
-    if data is None or any(data % v == 0 for v in values):
+        others = prod(pins.number(k) or 1 for k in keys)
+        counts = [world // others for world in pins.cluster.worlds() if world % others == 0]
+    if not counts or any(data % v == 0 for data in counts for v in values):
         return
+    data = counts[-1]
     fits = [d for d in range(1, data + 1) if data % d == 0]
     raise fault(
         "E0413",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from llmspec.dsl.diagnostics import SpecError, did_you_mean, fault, listing, sho
 from llmspec.dsl.program import Cluster, Device, DeviceKind, Span
 from llmspec.dsl.sources import LIBRARY, Scope, Sources
 from llmspec.dsl.units import Dimension, Measure
-from llmspec.dsl.values import evaluate, in_units, no_meaning, plain, whole
+from llmspec.dsl.values import evaluate, in_units, plain, whole
 
 HARDWARE = LIBRARY / "hardware"
+CLUSTER_KEYS = ("node", "nodes", "network", "host_memory", "price")
 DEVICE_KEYS = (*("memory", "usable", "peak", "link", "host_link", "network", "price", "also"),)
 LATENCIES = ("launch", "link_latency", "network_latency")
 EFFICIENCIES = (
@@ -203,7 +205,7 @@ def device_of(section: syntax.Section) -> Device:
         host_link_bytes_per_s=(
             tagged_rate(nodes["host_link"], "host_link") if "host_link" in nodes else None
         ),
-        price_per_hour=price(nodes["price"]) if "price" in nodes else None,
+        price_per_hour=price(nodes["price"], {"hour": 1}) if "price" in nodes else None,
         constants=constants,
     )
 
@@ -266,12 +268,15 @@ def constant(key: str, node: syntax.Node) -> float:
     raise fault("E0303", f"`{key}` must be more than 0, and at most 1", node.span)
 
 
-def price(node: syntax.Node) -> float:
+def price(node: syntax.Node, per: Mapping[str, int]) -> float:
+    """Of one device for an hour. per: what it may be given per, and how many devices that is."""
     value = evaluate(node)
-    fits = isinstance(value, Measure) and value.dimension == Dimension.NUMBER
-    if isinstance(value, Measure) and fits and value.per == "hour" and value.value >= 0:
-        return float(value.value)
-    raise fault("E0302", "`price` is a number per hour", node.span, "like `2.50 per hour`")
+    if isinstance(value, Measure) and value.dimension == Dimension.NUMBER and value.value >= 0:
+        devices = per.get(value.per or "")
+        if devices is not None:
+            return float(value.value) / devices
+    written = listing(f"2.50 per {what}" for what in per if what != "device hour")
+    raise fault("E0302", "a `price` is a number per hour", node.span, f"like {written}")
 
 
 def rate_per_device(node: syntax.Node, what: str, per_node: int | None) -> float:
@@ -294,7 +299,7 @@ def rate_per_device(node: syntax.Node, what: str, per_node: int | None) -> float
 
 
 def cluster_of(section: syntax.Section, scope: Scope, sources: Sources) -> Cluster:
-    keys = settings_of(section.body, ("node", "nodes", "network", "host_memory"), "cluster")
+    keys = settings_of(section.body, CLUSTER_KEYS, "cluster")
     if "node" not in keys:
         raise fault(
             "E0503",
@@ -304,12 +309,7 @@ def cluster_of(section: syntax.Section, scope: Scope, sources: Sources) -> Clust
             helps=('write `node = 8 * gpu("H100-SXM")`',),
         )
     count, device = node_of(equal_only(keys["node"]), scope, sources)
-    nodes = 1
-    if "nodes" in keys:
-        if keys["nodes"].relation != "=":
-            raise no_meaning("a number of nodes left to the search", keys["nodes"].span)
-        value = keys["nodes"].value
-        nodes = whole(evaluate(value), value.span, "`nodes`", least=1)
+    nodes, bound = nodes_of(keys["nodes"]) if "nodes" in keys else (1, False)
     if count * nodes > 1_000_000:
         raise fault("E0303", "a cluster has at most 1_000_000 devices", section.head)
     network = device.constants.get("network_bytes_per_s", DEFAULT_NETWORK)
@@ -318,15 +318,32 @@ def cluster_of(section: syntax.Section, scope: Scope, sources: Sources) -> Clust
     host_memory = default_host_memory(device, count)
     if "host_memory" in keys:
         host_memory = bytes_per_node(equal_only(keys["host_memory"]), "host_memory")
+    if "price" in keys:
+        per = {"gpu hour": 1, "device hour": 1, "node hour": count}
+        device = replace(device, price_per_hour=price(equal_only(keys["price"]), per))
     return Cluster(
         name=section.name or "cluster",
         device=device,
         devices_per_node=count,
         nodes=nodes,
+        nodes_are_bound=bound,
+        nodes_span=keys["nodes"].span if "nodes" in keys else None,
         network_bytes_per_s=network,
         host_memory_bytes=host_memory,
         span=section.span,
     )
+
+
+def nodes_of(setting: syntax.Setting) -> tuple[int, bool]:
+    """(how many, whether the search may take fewer)."""
+    if setting.relation not in ("=", "<="):
+        raise fault(
+            "E0501",
+            "`nodes` is given with `=`, or with `<=` to leave it to the search",
+            setting.span,
+        )
+    value = setting.value
+    return whole(evaluate(value), value.span, "`nodes`", least=1), setting.relation == "<="
 
 
 def default_host_memory(device: Device, per_node: int) -> int:

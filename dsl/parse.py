@@ -275,10 +275,11 @@ class Builder(Transformer[Token, tuple[syntax.Declaration, ...]]):
 
     def quantity(self, meta: Meta, items: list[Any]) -> syntax.Quantity:
         by_type = {token.type: str(token) for token in items}
+        per = " ".join(str(token) for token in items if token.type == "NAME")
         return syntax.Quantity(
             digits=by_type["NUMBER"],
             unit=by_type.get("UNIT"),
-            per=by_type.get("NAME"),
+            per=per or None,
             span=self.span(meta),
         )
 

@@ -222,8 +222,8 @@ def tensor_splits_heads(pins: Pins) -> None:
             continue
         value = constraint.values[0]
         assert isinstance(value, int), "tensor takes numbers"
-        world = pins.cluster.world_size if pins.cluster else common
-        legal = [d for d in range(1, common + 1) if common % d == 0 and world % d == 0]
+        worlds = pins.cluster.worlds() if pins.cluster else (common,)
+        legal = [d for d in divisors(common) if any(world % d == 0 for world in worlds)]
         near = sorted(sorted(legal, key=lambda d: abs(d - value))[:3])
         fewest = min(heads)
         raise fault(
@@ -244,24 +244,32 @@ def heads_of(model: Model) -> list[int]:
 def axes_fill_world(pins: Pins) -> None:
     if pins.cluster is None:
         return
-    world = pins.cluster.world_size
+    worlds = pins.cluster.worlds()
     sizes = {key: n for key in AXES if (n := pins.number(key)) is not None}
     if not sizes:
         return
     product = prod(sizes.values())
     # who pins all others says with `context` that what is left shares sequences
     whole_mesh = set(AXES) - set(sizes) <= {"context"}
-    if product == world or (not whole_mesh and world % product == 0):
+    if product in worlds or (not whole_mesh and any(world % product == 0 for world in worlds)):
         return
     *earlier, last = pins.spans(sizes)
     verb = "is not" if whole_mesh else "does not divide"
+    rest = prod([*sizes.values()][:-1])
+    near = min(worlds, key=lambda world: (world % rest > 0, abs(world - product)))
     raise fault(
         "E0404",
-        f"{factors(sizes)} {verb} the cluster's {world} devices",
+        f"{factors(sizes)} {verb} {devices_of(pins.cluster)}",
         last,
         secondary=[(span, "with this") for span in earlier],
-        helps=axis_help(sizes, world, whole_mesh),
+        helps=axis_help(sizes, near, whole_mesh),
     )
+
+
+def devices_of(cluster: Cluster) -> str:
+    if not cluster.nodes_are_bound:
+        return f"the cluster's {cluster.world_size} devices"
+    return f"what 1 to {cluster.nodes} whole nodes of {cluster.devices_per_node} devices have"
 
 
 def factors(sizes: dict[str, int]) -> str:
@@ -410,7 +418,8 @@ def context_ranks(pins: Pins) -> list[int]:
     if pins.cluster is None:
         return [1]
     others = prod(n for key in AXES if (n := pins.number(key)) is not None)
-    return divisors(max(pins.cluster.world_size // others, 1))
+    left = {world // others for world in pins.cluster.worlds()}
+    return sorted({d for n in left for d in divisors(max(n, 1))})
 
 
 def zero_needs_ranks(pins: Pins) -> None:
@@ -455,7 +464,8 @@ def context_splits_tokens(pins: Pins) -> None:
     near = [n for n in (length // unit * unit, (length // unit + 1) * unit) if n]
     fits = [n for n in divisors(length // 2) if length % lcm(2 * n, tensor * n) == 0]
     if pins.cluster is not None:
-        fits = [n for n in fits if pins.cluster.world_size % n == 0]
+        worlds = pins.cluster.worlds()
+        fits = [n for n in fits if any(world % n == 0 for world in worlds)]
     fits = sorted(sorted(fits, key=lambda n: abs(n - ranks))[:2])
     secondary = [(s, "with this") for s in pins.spans(["tensor"] if tensor > 1 else [])]
     span = pins.train.key_spans.get("sequence_length")

@@ -10,7 +10,7 @@ kept only so that later phases can point at the user's file.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import gcd
 
@@ -225,7 +225,8 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """nodes × devices_per_node. With `nodes <= N` (max_nodes) the count is left to the search.
+    """nodes × devices_per_node. With `nodes <= N` the count is left to the search, and `nodes` is
+    the most there may be.
 
     network_bytes_per_s: between nodes, one direction, per device.
     host_memory_bytes: of one node, what its processes may use beside their devices' memory.
@@ -237,6 +238,7 @@ class Cluster:
     nodes: int
     nodes_are_bound: bool = False
     """True when the spec wrote `nodes <= N`."""
+    nodes_span: Span | None = None
     network_bytes_per_s: float
     host_memory_bytes: int
     span: Span
@@ -244,6 +246,15 @@ class Cluster:
     @property
     def world_size(self) -> int:
         return self.devices_per_node * self.nodes
+
+    def worlds(self) -> tuple[int, ...]:
+        """Every number of devices that a plan may use, ascending."""
+        fewest = 1 if self.nodes_are_bound else self.nodes
+        return tuple(n * self.devices_per_node for n in range(fewest, self.nodes + 1))
+
+    def of(self, nodes: int) -> Cluster:
+        """So many of its nodes."""
+        return replace(self, nodes=nodes, nodes_are_bound=False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -404,13 +415,17 @@ class Prefer(StrEnum):
 class Budget:
     """memory_bytes: per device; the default is what the device can really hand out.
 
-    host_memory_bytes: per node; None: all that the cluster has.
+    host_memory_bytes: per node; None: all that the cluster has. deadline_s, cost: of the whole
+        run, predicted, at the most; cost in the unit of the device's price.
     """
 
     memory_bytes: int
     host_memory_bytes: int | None = None
     deadline_s: float | None = None
+    cost: float | None = None
     span: Span | None = None
+    key_spans: Mapping[str, Span] = field(default_factory=dict)
+    """Where each written key stands, for later diagnostics."""
 
 
 class Relation(StrEnum):

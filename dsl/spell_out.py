@@ -59,6 +59,10 @@ def budget_text(budget: Budget) -> str:
     text = f"memory = {exact_bytes(budget.memory_bytes)} per device"
     if budget.host_memory_bytes is not None:
         text += f"; host_memory = {exact_bytes(budget.host_memory_bytes)} per node"
+    if budget.deadline_s is not None:
+        text += f"; deadline = {budget.deadline_s!r} s"
+    if budget.cost is not None:
+        text += f"; cost = {value_text(budget.cost)}"
     return f"budget {{ {text} }}"
 
 
@@ -359,7 +363,7 @@ def cluster_text(cluster: Cluster) -> str:
     return (
         f"cluster {cluster.name} {{\n"
         f"node = {cluster.devices_per_node} * {device.kind.value}({quoted(device.name)})\n"
-        f"nodes = {cluster.nodes}\n"
+        f"nodes {'<=' if cluster.nodes_are_bound else '='} {cluster.nodes}\n"
         f"network = {rate_text(cluster.network_bytes_per_s, 'B/s')} per device\n"
         f"host_memory = {exact_bytes(cluster.host_memory_bytes)} per node\n}}"
     )

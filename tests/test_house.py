@@ -24,8 +24,10 @@ from llmspec.compiler.plan import MeshSizes, Plan, UnitPlacement
 from llmspec.compiler.schedules import Schedule
 from llmspec.dsl import options
 from llmspec.dsl.diagnostics.codes import CODES
-from llmspec.dsl.hardware import CONSTANTS, DEVICE_KEYS
+from llmspec.dsl.goals import BUDGET_KEYS
+from llmspec.dsl.hardware import CLUSTER_KEYS, CONSTANTS, DEVICE_KEYS
 from llmspec.dsl.parse import DECLARATIONS
+from llmspec.dsl.program import Prefer
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("dsl", "compiler", "runtime")
@@ -317,7 +319,9 @@ def rows_of(kind: str, table: object) -> Iterator[str]:
 def spec_keys() -> Iterator[str]:
     yield from (f"declaration {word}" for word in DECLARATIONS)
     yield from (f"gpu {key}" for key in (*DEVICE_KEYS, *CONSTANTS))
-    yield from (f"prefer {word}" for word in options.PREFERENCES_NOW)
+    yield from (f"cluster {key}" for key in CLUSTER_KEYS)
+    yield from (f"budget {key}" for key in BUDGET_KEYS)
+    yield from (f"prefer {word}" for word in Prefer)
     yield from rows_of("operator", options.OPERATORS)
     yield from (f"train {key}" for key in options.TRAIN_KEYS)
     yield from (f"train {key}  (later)" for key in options.TRAIN_KEYS_LATER)

@@ -76,6 +76,10 @@ def search(program: Program, build: Build) -> Found | Infeasible:
     start = time.perf_counter()
     if program.prefer is not Prefer.THROUGHPUT:
         raise Unsupported(f"`prefer {program.prefer}`")
+    if program.cluster.nodes_are_bound:
+        raise Unsupported("a number of nodes left to the search", program.cluster.nodes_span)
+    for goal in {"deadline", "cost"} & set(program.budget.key_spans):
+        raise Unsupported(f"`{goal}` in a budget", program.budget.key_spans[goal])
     space = Space.of(program, build)
     check_meshes(space)
     listing = space.pins.listing("recompute")

@@ -73,6 +73,7 @@ CODES = {
     "E0509": "the learning rate's phases do not fit the run",
     "E0510": "the parts of the precision do not go together",
     "E0511": "the batch's ramp does not work out",
+    "E0512": "a goal lacks what it is judged by",
     # what is not built yet
     "E0601": "understood, but without meaning yet",
     "E0602": "a model is Python code, and not trusted",

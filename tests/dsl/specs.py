@@ -67,7 +67,7 @@ def whole_specs() -> dict[str, str]:
 
 def meaning(value: object) -> object:
     """The value without the places it came from."""
-    skipped = ("span", "path", "folder", "source_hash", "key_spans")
+    skipped = ("span", "path", "folder", "source_hash", "key_spans", "nodes_span")
     if isinstance(value, Span):
         return None
     if isinstance(value, dict):
