@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from bench.validation.page import by_family, compare, percentile, render
+from bench.validation.compared import by_family, compare, percentile
+from bench.validation.page import render
 from bench.validation.price import Priced, price
 from bench.validation.rows import Row, read_rows
 

@@ -18,15 +18,18 @@ from llmspec.dsl.values import evaluate, in_units, plain, whole
 HARDWARE = LIBRARY / "hardware"
 CLUSTER_KEYS = ("node", "nodes", "network", "host_memory", "price")
 DEVICE_KEYS = (*("memory", "usable", "peak", "link", "host_link", "network", "price", "also"),)
+COUNT = "multiprocessors"
 LATENCIES = ("launch", "link_latency", "network_latency")
 EFFICIENCIES = (
-    *("matmul_efficiency", "memory_efficiency", "link_efficiency", "network_efficiency"),
+    *("matmul_efficiency", "attention_efficiency", "memory_efficiency"),
+    *("link_efficiency", "network_efficiency"),
 )
 CONSTANTS = {
     "launch": "launch_s",
     "link_latency": "link_latency_s",
     "network_latency": "network_latency_s",
     "fixed": "fixed_bytes",
+    COUNT: COUNT,
     **{name: name for name in EFFICIENCIES},
 }
 """Key in a device's section -> its name in `Device.constants`."""
@@ -37,11 +40,15 @@ DEFAULTS: Mapping[str, float] = {
     "network_latency_s": 10e-6,
     "fixed_bytes": 1.5 * 2**30,
     "matmul_efficiency": 0.75,
+    "attention_efficiency": 0.5,
     "memory_efficiency": 0.85,
     "link_efficiency": 0.75,
     "network_efficiency": 0.75,
 }
 """For a GPU that says nothing: near the middle of the library's own values (library/hardware)."""
+
+GPU_MULTIPROCESSORS = 132.0
+"""Where a GPU does not say: H100's."""
 
 PEAK_TYPES = ("fp64", "fp32", "tf32", "fp16", "bf16", "fp8", "int8", "fp4")
 HOST_SHARE = 1.25
@@ -190,7 +197,7 @@ def device_of(section: syntax.Section) -> Device:
         usable = in_bytes(nodes["usable"], "usable")
         if usable > memory:
             raise fault("E0303", "`usable` is more than `memory`", nodes["usable"].span)
-    constants = dict(DEFAULTS)
+    constants = {**DEFAULTS, COUNT: 1.0 if kind is DeviceKind.CPU else GPU_MULTIPROCESSORS}
     constants.update({CONSTANTS[k]: constant(k, nodes[k]) for k in CONSTANTS if k in nodes})
     if "network" in nodes:
         constants["network_bytes_per_s"] = rate_per_device(nodes["network"], "network", None)
@@ -261,6 +268,8 @@ def constant(key: str, node: syntax.Node) -> float:
     if key == "fixed":
         return float(in_bytes(node, key))
     value = evaluate(node)
+    if key == COUNT:
+        return float(whole(value, node.span, f"`{key}`", least=1))
     if key in LATENCIES:
         return float(in_units(value, Dimension.SECONDS, node.span, f"`{key}`").value)
     if plain(value) and isinstance(value, int | float) and 0 < value <= 1:

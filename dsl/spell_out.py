@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llmspec.dsl.format import WIDTH, format_text
-from llmspec.dsl.hardware import CONSTANTS
+from llmspec.dsl.hardware import CONSTANTS, COUNT
 from llmspec.dsl.layout import Token, scan
 from llmspec.dsl.options import OPERATORS, PLAN
 from llmspec.dsl.program import (
@@ -354,6 +354,7 @@ def device_text(device: Device) -> str:
         value = device.constants[name]
         unit = " s" if name.endswith("_s") else ""
         text = exact_bytes(int(value)) if key == "fixed" else f"{value!r}{unit}"
+        text = str(int(value)) if key == COUNT else text
         lines.append(f"{key} = {text}")
     return f"{head} {{\n" + "\n".join(lines) + "\n}"
 

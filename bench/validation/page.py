@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
-from bench.validation.price import Priced
+from bench.validation.compared import GIB, Compared, by_family, percentile, spearman
+from bench.validation.heldout import held_out
 from bench.validation.profiles import PROFILES
-from bench.validation.rows import FAMILIES, Row
+from bench.validation.rows import Row
+from llmspec.compiler.cost.hardware import GPU_CONSTANTS
 
 FEWEST_PLANS = 4
 """Plans of one model that a rank correlation needs."""
-
-GIB = 2**30
 
 HEAD = """# Validation: predictions against published runs
 
@@ -28,73 +27,9 @@ unqualified "GB" is 10⁹ or 2³⁰ bytes.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Compared:
-    row: Row
-    priced: Priced
-
-    @property
-    def ratio(self) -> float | None:
-        """Predicted over published step."""
-        if self.priced.step_s is None or self.row.step_s is None:
-            return None
-        return self.priced.step_s / self.row.step_s
-
-    @property
-    def memory_ratio(self) -> float | None:
-        if self.priced.peak_bytes is None or self.row.peak_gib is None:
-            return None
-        allocated = "max_memory_allocated" in (self.row.peak_kind or "")
-        beside = self.priced.memory_bytes["fixed"] if allocated else 0
-        return (self.priced.peak_bytes - beside) / GIB / (sum(self.row.peak_gib) / 2)
-
-    @property
-    def reason(self) -> str | None:
-        """Why there is no comparison of times."""
-        if self.priced.reason is None and self.row.step_s is None:
-            return "the source has no time"
-        return self.priced.reason
-
-    @property
-    def rejected(self) -> bool:
-        """The published plan ran, and we would say that it does not fit."""
-        priced = self.priced
-        return None not in (priced.peak_bytes, priced.usable_bytes) and (
-            (priced.peak_bytes or 0) > (priced.usable_bytes or 0)
-        )
-
-
-def compare(rows: Sequence[Row], priced: Mapping[str, Priced]) -> list[Compared]:
-    return [Compared(row, priced[row.id]) for row in rows]
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The nearest rank from above."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
-def spearman(pairs: Sequence[tuple[float, float]]) -> float:
-    """Pearson's correlation of the ranks; ties share their mean rank."""
-    first, second = (_ranks([p[i] for p in pairs]) for i in (0, 1))
-    return statistics.correlation(first, second)
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    ordered = sorted(values)
-    return [ordered.index(v) + (ordered.count(v) - 1) / 2 for v in values]
-
-
-def by_family(compared: Iterable[Compared]) -> dict[str, list[Compared]]:
-    found: dict[str, list[Compared]] = {name: [] for name in FAMILIES.values()}
-    for one in compared:
-        found[one.row.family].append(one)
-    return {name: ones for name, ones in found.items() if ones}
-
-
 def render(compared: Sequence[Compared]) -> str:
-    parts = [HEAD, _summary(compared), _orders(compared), _profiles(), _rejected(compared)]
-    return "\n".join([*parts, _unpriced(compared), _every(compared)])
+    parts = [HEAD, _summary(compared), _held_out(compared), _orders(compared), _profiles()]
+    return "\n".join([*parts, _rejected(compared), _unpriced(compared), _every(compared)])
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -125,6 +60,20 @@ def _summary(compared: Sequence[Compared]) -> str:
     head = ("source", "rows", "priced", "median error", "90th percentile")
     last = ("median of predicted/published", "with memory", "median error of memory")
     return "## By source\n\n" + _table((*head, *last), [*rows, _statistics("**all**", compared)])
+
+
+def _held_out(compared: Sequence[Compared]) -> str:
+    rows = [
+        [o.source, f"{o.sustained:.3f}", _percent(o.median), _percent(o.tail)]
+        for o in held_out(compared)
+    ]
+    text = (
+        "## One source left out\n\nOne constant comes from these steps: `sustained`, what a step "
+        f"keeps of the rates of kernels timed alone, {GPU_CONSTANTS['sustained']:.2f}. Here it is "
+        "estimated from all other sources, and the source priced with that.\n\n"
+    )
+    head = ("source left out", "`sustained` of the others", "median error", "90th percentile")
+    return text + _table(head, rows)
 
 
 def _orders(compared: Sequence[Compared]) -> str:

@@ -15,6 +15,7 @@ from llmspec.compiler.ops.registry import (
     Entry,
     Saved,
     Shapes,
+    Tiled,
     entry_of,
     numel,
     shape_of,
@@ -26,6 +27,11 @@ TILES = ((256, 128), (128, 128), (128, 64), (64, 64))
 """Output tiles that a matrix product may be cut into, best first, and what the smaller ones
 reach."""
 TILE_RATE = (1.0, 0.95, 0.80, 0.60)
+BLOCKS_RAMP, KEYS_RAMP = 1.25, 256
+"""Blocks of a fused kernel on each multiprocessor, and keys, at which half of its rate is reached.
+FlashAttention-2's charts for A100 and H100 follow keys / (keys + 256) within 4 %, keys that a
+causal mask hides not counted; SimuMax's shapes of few heads follow blocks / (blocks + 1.25 a
+multiprocessor) within 15 %."""
 RAMP = 128
 """Depth of a product at which half of the multiprocessors' time goes into filling the pipe."""
 
@@ -85,6 +91,15 @@ def product_s(flops: float, shapes: Shapes, machine: Machine, groups: int = 1) -
     return flops / (machine.matrix_flops * max(share, 1e-3))
 
 
+def tiled_s(flops: float, tiled: Tiled, machine: Machine) -> float:
+    """Of a kernel that holds its product inside."""
+    if machine.multiprocessors <= 1:
+        return flops / machine.attention_flops
+    busy = tiled.blocks / (tiled.blocks + BLOCKS_RAMP * machine.multiprocessors)
+    long = tiled.depth / (tiled.depth + KEYS_RAMP)
+    return flops / (machine.attention_flops * max(busy * long, 1e-3))
+
+
 def _bytes(entry: Entry, node: fx.Node, shapes: Shapes, width: int) -> tuple[int, int, int]:
     """Bytes of (what is read, the result, gradients of the operands)."""
     result = width * numel(shapes.result)
@@ -123,8 +138,13 @@ def operator_cost(node: fx.Node, shapes: Shapes, machine: Machine, width: int) -
             saved=saved,
             working_bytes=0,
         )
-    moved = (read + result + saved.extra_bytes) / machine.memory_bytes_per_s
-    back_moved = (result + saved.extra_bytes + gradients) / machine.memory_bytes_per_s
+    moving, back_moving = (
+        (read + result + saved.extra_bytes, result + saved.extra_bytes + gradients)
+        if entry.moved is None
+        else entry.moved(node, shapes, width, machine.fused)
+    )
+    moved = moving / machine.memory_bytes_per_s
+    back_moved = back_moving / machine.memory_bytes_per_s
     if not entry.contraction:
         vector = flops / machine.vector_flops
         return OperatorCost(
@@ -137,11 +157,18 @@ def operator_cost(node: fx.Node, shapes: Shapes, machine: Machine, width: int) -
             working_bytes=working,
         )
     groups = 1 if entry.groups is None else entry.groups(shapes)
-    product = product_s(flops, shapes, machine, groups)
+    tiled = entry.tiled(node, shapes) if entry.tiled is not None else None
+    if tiled is None:
+        product = product_s(flops, shapes, machine, groups)
+    else:
+        product = tiled_s(flops, tiled, machine)
+    back = entry.backward_factor * max(product, moved)
+    if entry.moved is not None:
+        back = max(entry.backward_factor * product, back_moved)
     counted = entry.model_flops or entry.flops
     return OperatorCost(
         forward_s=max(product, moved) + machine.launch_s,
-        backward_s=entry.backward_factor * (max(product, moved) + machine.launch_s),
+        backward_s=back + entry.backward_factor * machine.launch_s,
         flops=flops,
         backward_flops=entry.backward_factor * flops,
         model_flops=counted(node, shapes),

@@ -137,7 +137,8 @@ def _sharded(
     pairs = list(zip(units, gather, scatter, strict=True))
     opening = max(gather)  # nothing runs before the first parameters are there
     closing = max(scatter)
-    gathering = opening + sum(u.count * exposed_s(g, u.forward_s, share) for u, g, _ in pairs)
+    ahead = machine.gather_overlap
+    gathering = opening + sum(u.count * exposed_s(g, u.forward_s, ahead) for u, g, _ in pairs)
     scattering = closing + sum(u.count * exposed_s(s, u.backward_s, share) for u, _, s in pairs)
     both = closing + sum(u.count * exposed_s(g + s, u.backward_s, share) for u, g, s in pairs)
     of_experts = sum(u.count * u.experts for u in units)

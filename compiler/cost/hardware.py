@@ -21,11 +21,19 @@ GPU_CONSTANTS = {
     # A100-PCIe have medians of 0.74 to 0.79, quartiles 0.01 apart (SimuMax, configs/system); the
     # best shapes reach 0.81 on A100-PCIe and 0.80 on H100 SXM (stas00/ml-engineering).
     "matmul_efficiency": 0.75,
+    # Share of the dense peak that fused attention reaches in long sequences with heads of 128,
+    # forward and backward together: A100 0.63 of FlashAttention-2's chart; cuDNN 0.49 on B200
+    # (SimuMax, configs/system).
+    "attention_efficiency": 0.50,
     # Share of peak bandwidth that a long copy reaches.
     "memory_efficiency": 0.85,
     # Bus bandwidth of nccl-tests on large messages over the link's rate.
     "link_efficiency": 0.80,
     "network_efficiency": 0.85,
+    # What a step keeps of the rates of kernels timed alone, in clocks and between kernels: of ten
+    # sources of published steps, each left out in turn, the others give 0.91 to 0.93
+    # (docs/validation.md).
+    "sustained": 0.93,
     # Share of a collective on its own stream that kernels can hide: it holds some multiprocessors.
     "overlap": 0.90,
     # Share of the host link that long copies of pinned memory reach: 25 to 26 of 31.5 GB/s
@@ -48,7 +56,9 @@ CPU_CONSTANTS = {
     # Interpreter and libraries of one process.
     "fixed_bytes": 0.4 * 2**30,
     "matmul_efficiency": 0.70,
+    "attention_efficiency": 0.70,
     "memory_efficiency": 0.70,
+    "sustained": 1.0,
     "link_efficiency": 0.90,
     "network_efficiency": 0.80,
     # Gloo's threads run on the cores that compute.
@@ -61,6 +71,13 @@ CPU_CONSTANTS = {
 GPU_HOST_LINK_BYTES_PER_S = 15.75e9
 """Where a device does not say: PCIe of generation 3, 16 lanes, the slowest of the library's."""
 
+FUSED = "fused_"
+"""A constant `fused_loss = 1` says that the software has one kernel for the loss: what published
+runs have and emitted programs do not."""
+
+OPTIMIZER_BYTES = "optimizer_bytes"
+"""A constant: bytes a parameter that an optimizer of many kernels moves."""
+
 CPU_LINK_BYTES_PER_S = 1e9
 """Gloo over shared memory: 0.9 GB/s of bus bandwidth between two processes."""
 
@@ -69,8 +86,13 @@ CPU_LINK_BYTES_PER_S = 1e9
 class Machine:
     """Effective rates of one device, its links and its network.
 
-    matrix_flops, vector_flops: operations/s of matrix products in the compute type, and of all
-    else.
+    matrix_flops, attention_flops, vector_flops: operations/s of matrix products in the compute
+        type, of those inside fused attention, and of all else.
+    send_overlap, gather_overlap: share that kernels can hide of a message between stages, and of
+        a gather of parameters.
+    fused: operators that are one kernel each. optimizer_bytes: moved a parameter, when not by one
+        kernel.
+    early_stop: a block that runs again stops at the last value that its backward keeps.
     peak_flops: the nominal one that utilisation is a share of.
     link, network: bytes/s one way inside a node and, per device, between nodes.
     host_link: bytes/s one way to host memory; host_update: that the CPU's share of one device
@@ -79,6 +101,7 @@ class Machine:
     """
 
     matrix_flops: float
+    attention_flops: float
     vector_flops: float
     peak_flops: float
     memory_bytes_per_s: float
@@ -95,6 +118,11 @@ class Machine:
     fixed_bytes: int
     overlap: float
     multiprocessors: int
+    send_overlap: float = 0.0
+    gather_overlap: float = 0.0
+    fused: frozenset[str] = frozenset()
+    optimizer_bytes: float | None = None
+    early_stop: bool = True
 
 
 def machine_of(cluster: Cluster, types: Types) -> Machine:
@@ -106,11 +134,15 @@ def machine_of(cluster: Cluster, types: Types) -> Machine:
     if link is None:
         host = device.host_link_bytes_per_s
         link = CPU_LINK_BYTES_PER_S if device.kind is DeviceKind.CPU or host is None else host
+    peak_kept = peak * known["sustained"]
     return Machine(
-        matrix_flops=peak * known["matmul_efficiency"],
+        matrix_flops=peak_kept * known["matmul_efficiency"],
+        attention_flops=peak_kept * known["attention_efficiency"],
         vector_flops=dict(device.peak_flops).get("fp32", peak) * 0.5,
         peak_flops=peak,
-        memory_bytes_per_s=device.memory_bytes_per_s * known["memory_efficiency"],
+        memory_bytes_per_s=device.memory_bytes_per_s
+        * known["memory_efficiency"]
+        * known["sustained"],
         launch_s=known["launch_s"],
         link_bytes_per_s=link * known["link_efficiency"],
         link_latency_s=known["link_latency_s"],
@@ -124,6 +156,13 @@ def machine_of(cluster: Cluster, types: Types) -> Machine:
         fixed_bytes=int(known["fixed_bytes"]),
         overlap=known["overlap"],
         multiprocessors=int(known["multiprocessors"]),
+        send_overlap=known.get("send_overlap", known["overlap"]),
+        gather_overlap=known.get("gather_overlap", known["overlap"]),
+        fused=frozenset(
+            k.removeprefix(FUSED) for k, v in known.items() if v and k.startswith(FUSED)
+        ),
+        optimizer_bytes=known.get(OPTIMIZER_BYTES),
+        early_stop=known.get("early_stop", 1.0) > 0,
     )
 
 

@@ -88,7 +88,7 @@ def ledger(stage: Stage, home: Residence, types: Types, machine: Machine) -> Led
         gradients=gradients,
         optimizer=types.moments * elements,
         activations=earlier + peak.activations,
-        buffers=gathered_bytes(stage, home, types) + peak.working,
+        buffers=gathered_bytes(stage, home, types, "gradients" in machine.fused) + peak.working,
         fixed=machine.fixed_bytes,
     )
 
@@ -114,8 +114,9 @@ def _gradient_bytes(stage: Stage, home: Residence, types: Types) -> int:
     return types.reduced * (stage.elements - experts) + types.gradients * experts
 
 
-def gathered_bytes(stage: Stage, home: Residence, types: Types) -> int:
-    """Weights in the compute type beyond what is stored, and the buffers of gradient reduction."""
+def gathered_bytes(stage: Stage, home: Residence, types: Types, in_place: bool = False) -> int:
+    """Weights in the compute type beyond what is stored, and the buffers of gradient reduction,
+    unless that is in place."""
     if home.zero == 0:
         # buckets on their way in another type come later, when activations have made room
         return stage.largest_elements * (types.compute if types.mixed else types.gradients)
@@ -123,6 +124,7 @@ def gathered_bytes(stage: Stage, home: Residence, types: Types) -> int:
     experts = home.gathers_experts
     largest, next_largest = stage.largest_units(experts)
     reducing = largest * (types.compute + types.reduced) + next_largest * types.reduced
+    reducing = 0 if in_place else reducing
     if home.zero == 3:
         # one unit in use, the next one on its way; the root stays from its forward to its backward
         root = stage.root_elements - (0 if experts else stage.root_expert_elements)

@@ -17,13 +17,15 @@ ORDER = ("pipeline", "replicas", "shards", "context", "tensor")
 class Group:
     """The ranks of one axis as the wires see them: `inside` of them share a node.
 
-    bandwidth: bytes/s one way that each rank gets; latency_s: of one whole round.
+    bandwidth: bytes/s one way that each rank gets; latency_s: of one whole round, by a ring or,
+    for sums, a tree; ring_s: of a ring.
     """
 
     ranks: int
     inside: int
     bandwidth: float
     latency_s: float
+    ring_s: float = 0.0
 
     @property
     def crosses_nodes(self) -> bool:
@@ -43,7 +45,7 @@ def _spread(ranks: int, inside: int, machine: Machine) -> Group:
     if inside == ranks:
         hops = ranks - 1
         latency = machine.link_latency_s * hops
-        return Group(ranks, inside, machine.link_bytes_per_s, latency)
+        return Group(ranks, inside, machine.link_bytes_per_s, latency, latency)
     bandwidth = min(machine.link_bytes_per_s, machine.network_bytes_per_s * inside)
     if inside == 1:
         bandwidth = machine.network_bytes_per_s
@@ -51,7 +53,9 @@ def _spread(ranks: int, inside: int, machine: Machine) -> Group:
     # NCCL leaves the ring for a tree where latency would rule.
     rounds = min(nodes - 1, 2 * math.ceil(math.log2(nodes)))
     latency = machine.link_latency_s * (inside - 1) + machine.network_latency_s * rounds
-    return Group(ranks, inside, bandwidth, latency)
+    # gathers and scatters have a ring only, which passes through each rank of each node
+    ring = nodes * (inside - 1) * machine.link_latency_s + (nodes - 1) * machine.network_latency_s
+    return Group(ranks, inside, bandwidth, latency, ring)
 
 
 def axis_group(axis: str, mesh: MeshSizes, machine: Machine) -> Group:
@@ -107,7 +111,7 @@ def collective_s(kind: Collective, size_bytes: float, where: Group) -> float:
             # a message to the next rank of the ring
             return size_bytes / where.bandwidth + where.latency_s / (n - 1)
         case _:
-            return share + where.latency_s
+            return share + where.ring_s
 
 
 def exposed_s(sent_s: float, computing_s: float, overlap: float) -> float:

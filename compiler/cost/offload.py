@@ -113,7 +113,8 @@ def device_ledger(
         left = replace(left, parameters=0, gradients=0, buffers=left.buffers + arriving)
     if ACTIVATIONS in offload:
         activations, gradients, working = _activations(stage, home, types)
-        buffers = gathered_bytes(stage, home, types) + working + left.buffers - whole.buffers
+        gathered = gathered_bytes(stage, home, types, "gradients" in machine.fused)
+        buffers = gathered + working + left.buffers - whole.buffers
         left = replace(left, activations=activations, buffers=buffers)
         if home.alone:
             left = replace(left, gradients=gradients)

@@ -147,6 +147,8 @@ class Flow:
         steps = list(self.steps.values())
         last = max((i for i, s in enumerate(steps) if s.keeps or s.extra_bytes), default=-1)
         after = bool(steps) and (steps[last].extra_bytes or steps[last].name in steps[last].keeps)
+        if not self.machine.early_stop:
+            last, after = len(steps) - 1, True
         whole = sum(map(self.size_bytes, self.kept_values() - set(self.inputs)))
         return self._priced(
             EVERYTHING,

@@ -57,7 +57,7 @@ def optimizer_s(elements: int, types: Types, machine: Machine) -> float:
     """Gradients are read for clipping and again by the update; weights and moments read and
     written."""
     stored = 2 * types.gradients + 2 * types.weights + 2 * types.moments
-    moved = elements * (stored + types.scratch)
+    moved = elements * (machine.optimizer_bytes or stored + types.scratch)
     return moved / machine.memory_bytes_per_s + 4 * machine.launch_s
 
 
@@ -111,8 +111,10 @@ def step_times(
     tails: Sequence[Tail],
     microbatches: int,
     span: tuple[float, float],
+    held_s: float = 0.0,
 ) -> Times:
-    """`span`: what `makespan_s` or `played_s` gave. The parts are those of the busiest stage; what
+    """`held_s`: by which each message lengthens a forward or a backward. `span`: what `makespan_s`
+    or `played_s` gave, with it. The parts are those of the busiest stage; what
     it waits for is the bubble."""
     spent = [sum(durations(s, d)) for s, d in zip(stages, data, strict=True)]
     busiest = max(range(len(stages)), key=lambda i: spent[i])
@@ -124,8 +126,8 @@ def step_times(
         context=microbatches * stage.context_s,
         expert=microbatches * stage.expert_s,
         data=microbatches * (cost.forward_s + cost.backward_s) + end.data_s,
-        pipeline_bubble=max(0.0, span[0] - microbatches * spent[busiest]),
-        pipeline_transfer=span[1],
+        pipeline_bubble=max(0.0, span[0] - microbatches * (spent[busiest] + 2 * held_s)),
+        pipeline_transfer=span[1] + microbatches * 2 * held_s,
         optimizer=end.optimizer_s,
         offload=microbatches * (cost.host_forward_s + cost.host_backward_s) + end.offload_s,
     )

@@ -15,6 +15,7 @@ from llmspec.compiler.ops.registry import (
     Rule,
     Saved,
     Shapes,
+    Tiled,
     index_rule,
     numel,
     register,
@@ -129,6 +130,41 @@ def _attention_saved(node: fx.Node, shapes: Shapes) -> Saved:
     return Saved(operands=(0, 1, 2), extra_bytes=6 * square)
 
 
+QUERIES = 128
+"""Of one block of a fused kernel."""
+
+
+def tiled(shapes: Shapes, flops: float) -> Tiled:
+    """Of a fused kernel: the keys that each query sees are what its operations say."""
+    b, t, h, e = shapes.operands[0]
+    of_a_key = 2.0 * b * t * h * (e + shapes.operands[2][3])
+    return Tiled(blocks=b * h * max(1.0, t / QUERIES), depth=flops / of_a_key)
+
+
+def _tiled(node: fx.Node, shapes: Shapes) -> Tiled | None:
+    return None if node.args[5] else tiled(shapes, _attention_flops(node, shapes))
+
+
+def _attention_moved(
+    node: fx.Node, shapes: Shapes, width: int, fused: frozenset[str]
+) -> tuple[float, float]:
+    """Written out, the square is masked, made wide, normalised and made narrow again; one kernel
+    for all that reads scores and writes weights."""
+    operands = width * sum(numel(s) for s in shapes.operands)
+    result = width * numel(shapes.result)
+    b, t, h, _ = shapes.operands[0]
+    if not node.args[5]:
+        statistics = 4 * b * t * h
+        return operands + result + statistics, 2 * (operands + result) + 2 * statistics
+    square = b * h * t * shapes.operands[1][1]
+    forward, backward = (4, 7) if "softmax" in fused else (6, 8)
+    wide = 0 if "softmax" in fused else 8
+    return (
+        operands + result + (forward * width + wide) * square,
+        2 * (operands + result) + (backward * width + 1.5 * wide) * square,
+    )
+
+
 def _render_attention(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
     _q, _k, _v, causal, window, explicit = node.args
     name = "explicit_attention" if explicit else "attention"
@@ -149,6 +185,8 @@ register(
         # five products for the forward's two: the scores again (Dao 2023, FlashAttention-2, 3.2)
         backward_factor=2.5,
         model_flops=_model_flops,
+        moved=_attention_moved,
+        tiled=_tiled,
     )
 )
 
@@ -157,6 +195,15 @@ def _rotary_rule(node: fx.Node) -> Rule:
     b, t, h, e = shape_of(node)
     sizes = {"b": b, "t": t, "h": h, "e": e}
     return index_rule("b t h e -> b t h e", sizes, whole=frozenset("bte"), linear=((0,),))
+
+
+def _rotary_moved(
+    node: fx.Node, shapes: Shapes, width: int, fused: frozenset[str]
+) -> tuple[float, float]:
+    """x times cosines in float32, two halves added to, and narrow again."""
+    chain = 3 * width + (2 * width if width == 4 else 16)
+    spent = float(numel(shapes.result) * (2 * width if "rotary" in fused else chain))
+    return spent, spent
 
 
 def _render_rotary(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
@@ -171,5 +218,6 @@ register(
         flops=lambda node, shapes: 6.0 * numel(shapes.result),
         saved=lambda node, shapes: Saved(),
         render=_render_rotary,
+        moved=_rotary_moved,
     )
 )

@@ -13,7 +13,13 @@ from typing import Any, cast
 
 from torch import fx
 
-from llmspec.compiler.ops.attention import attention, kernel_saved, square_flops, visible_share
+from llmspec.compiler.ops.attention import (
+    attention,
+    kernel_saved,
+    square_flops,
+    tiled,
+    visible_share,
+)
 from llmspec.compiler.ops.context import AXIS, not_runnable
 from llmspec.compiler.ops.registry import (
     CONTEXT_FORMS,
@@ -250,6 +256,7 @@ for _function, _placed, _saved, _sends, _buffers in (
             saved=_saved,
             render=_render,
             contraction=True,
+            tiled=lambda node, shapes: tiled(shapes, _flops(node, shapes)),
             backward_factor=2.5,  # as of `attention`
             model_flops=_model_flops,
             sends=_sends,

@@ -169,6 +169,20 @@ class Sends:
 
 
 @dataclass(frozen=True, slots=True)
+class Tiled:
+    """A product inside one kernel of its own, such as attention's: `blocks` of work that may run
+    side by side, each over `depth` keys.
+    """
+
+    blocks: float
+    depth: float
+
+
+Moved = Callable[[fx.Node, Shapes, int, frozenset[str]], tuple[float, float]]
+"""(node, shapes, bytes of an element, names of the fused kernels) -> bytes forward and backward."""
+
+
+@dataclass(frozen=True, slots=True)
 class Printed:
     """How a node is printed: an expression, and the names that the emitted module must import.
 
@@ -215,6 +229,10 @@ class Entry:
     """What `model_flops` counts where that differs from what is executed (causal attention's
     half).
     """
+    moved: Moved | None = None
+    """Bytes between device and memory, where several kernels make more than operands and result."""
+    tiled: Callable[[fx.Node, Shapes], Tiled | None] | None = None
+    """Of a contraction that has a kernel of its own: it runs at the device's rate of attention."""
     sends: Callable[[fx.Node, Shapes], tuple[Sends, ...]] | None = None
     """What it sends over the context or expert axis; None: nothing."""
     buffers: Callable[[fx.Node, Shapes, int], int] | None = None

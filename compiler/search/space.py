@@ -576,6 +576,9 @@ class Space:
         message = max((s.output_bytes for s in stages[:-1]), default=0)
         sending = send_s(message, mesh, self.machine) if len(stages) > 1 else 0.0
         ranks, count = mesh.pipeline, shape.microbatches
+        # a message holds up the kernels of its stage by what cannot overlap
+        held = (1 - self.machine.send_overlap) * sending
+        spent = [(f + held, b + held) for f, b in spent]
         if play and len(stages) > 1:
             lists = self.action_lists(schedule, len(stages), ranks, count, zero)
             span = played_s(lists, spent, sending, late)
@@ -591,7 +594,8 @@ class Space:
             tail(s, d, parts, where, shared[1], self.types, self.machine, offload)
             for s, d in zip(own, own_data, strict=True)
         ]
-        return step_times(own, own_data, tails, count, span)
+        held *= len(stages) / ranks
+        return step_times(own, own_data, tails, count, span, held)
 
     def shared_weights(
         self, stages: list[Stage], mesh: MeshSizes, parts: int, schedule: Schedule

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from bench.validate import PAGE, RESULTS, chosen, from_json, to_json
-from bench.validation.page import by_family, compare, percentile, render, spearman
+from bench.validation.compared import by_family, compare, percentile, spearman
+from bench.validation.page import render
 from bench.validation.price import price
 from bench.validation.profiles import PROFILES, profile_of
 from bench.validation.rows import FAMILIES, read_rows

@@ -43,7 +43,11 @@ def test_an_all_reduce_is_a_reduce_scatter_and_an_all_gather(size, ranks):
     where = group(ranks, 1, MACHINE)
     parts = (Collective.REDUCE_SCATTER, Collective.ALL_GATHER)
     both = sum(collective_s(kind, size, where) for kind in parts)
-    assert collective_s(Collective.ALL_REDUCE, size, where) == pytest.approx(both)
+    one = collective_s(Collective.ALL_REDUCE, size, where)
+    if where.crosses_nodes:  # a tree spares hops, and only a sum has one
+        assert one <= both * (1 + 1e-9)
+    else:
+        assert one == pytest.approx(both)
 
 
 def test_alone_nothing_is_sent():

@@ -87,13 +87,14 @@ def test_the_ends_are_nothing_and_the_input_alone(name, ranks):
         assert last.whole_s <= whole.whole_s * (1 + 1e-12)
 
 
-def test_old_attention_gives_up_its_square_first():
+def test_old_attention_gives_up_its_square_before_products_of_weights():
     """Korthikanti et al. 2022: with the square written out, attention's inside is what to compute
     again."""
     for flow in (*flows(OLD, 1), *flows(OLD, 4)):
-        second = corners(flow)[1]
-        assert second == ("attention_mixed",)
-        freed = flow.again(()).kept_bytes - flow.again(second).kept_bytes
+        early = next(c for c in corners(flow) if "attention_mixed" in c)
+        products = {s.name for s in flow.steps.values() if s.flops} - {"attention_mixed"}
+        assert not products & set(early)
+        freed = flow.again(()).kept_bytes - flow.again(early).kept_bytes
         assert freed > 0.6 * flow.again(()).kept_bytes
 
 

@@ -1,4 +1,4 @@
-"""Emitted by llmspec from gpt_zero_3.llmspec. Spec b9236e2b3176, plan f0e267.
+"""Emitted by llmspec from gpt_zero_3.llmspec. Spec 7c3abfaae653, plan 4ab835.
 Change the spec or the plan, then: llmspec compile gpt_zero_3.llmspec
 
 Mesh: shards 2 = 2 processes. ZeRO 3.

@@ -1,4 +1,4 @@
-"""Emitted by llmspec from llama3_8b_long.llmspec. Spec 5b5ab4d1d4ce, plan 431526.
+"""Emitted by llmspec from llama3_8b_long.llmspec. Spec be1786578ad0, plan 725173.
 Change the spec or the plan, then: llmspec compile llama3_8b_long.llmspec
 
 Mesh: shards 4 x context 8 = 32 processes. ZeRO 3.

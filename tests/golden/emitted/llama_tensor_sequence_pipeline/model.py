@@ -1,4 +1,4 @@
-"""Emitted by llmspec from llama_tensor_sequence_pipeline.llmspec. Spec 343fa3b94bc0, plan 13168a.
+"""Emitted by llmspec from llama_tensor_sequence_pipeline.llmspec. Spec 7b55b9315bd5, plan ef2de6.
 Change the spec or the plan, then: llmspec compile llama_tensor_sequence_pipeline.llmspec
 
 Mesh: pipeline 2 x tensor 4 = 8 processes. ZeRO 0.

@@ -1,4 +1,4 @@
-"""Emitted by llmspec from mixture_experts.llmspec. Spec ebf11c080b98, plan b4bea7.
+"""Emitted by llmspec from mixture_experts.llmspec. Spec 4b44ea6241b6, plan 05102f.
 Change the spec or the plan, then: llmspec compile mixture_experts.llmspec
 
 Mesh: shards 8 = 8 processes, experts over 4 data ranks. ZeRO 3.

@@ -1,4 +1,4 @@
-"""Emitted by llmspec from quickstart.llmspec. Spec 7b95459a5766, plan ac0e47.
+"""Emitted by llmspec from quickstart.llmspec. Spec 5ca2650b624e, plan 0a0b49.
 Change the spec or the plan, then: llmspec compile quickstart.llmspec
 
 Mesh: replicas 2 = 2 processes. ZeRO 0.

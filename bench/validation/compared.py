@@ -1,0 +1,76 @@
+"""Predictions beside what was published, and the statistics of both."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from bench.validation.price import Priced
+from bench.validation.rows import FAMILIES, Row
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    row: Row
+    priced: Priced
+
+    @property
+    def ratio(self) -> float | None:
+        """Predicted over published step."""
+        if self.priced.step_s is None or self.row.step_s is None:
+            return None
+        return self.priced.step_s / self.row.step_s
+
+    @property
+    def memory_ratio(self) -> float | None:
+        if self.priced.peak_bytes is None or self.row.peak_gib is None:
+            return None
+        allocated = "max_memory_allocated" in (self.row.peak_kind or "")
+        beside = self.priced.memory_bytes["fixed"] if allocated else 0
+        return (self.priced.peak_bytes - beside) / GIB / (sum(self.row.peak_gib) / 2)
+
+    @property
+    def reason(self) -> str | None:
+        """Why there is no comparison of times."""
+        if self.priced.reason is None and self.row.step_s is None:
+            return "the source has no time"
+        return self.priced.reason
+
+    @property
+    def rejected(self) -> bool:
+        """The published plan ran, and we would say that it does not fit."""
+        priced = self.priced
+        return None not in (priced.peak_bytes, priced.usable_bytes) and (
+            (priced.peak_bytes or 0) > (priced.usable_bytes or 0)
+        )
+
+
+def compare(rows: Sequence[Row], priced: Mapping[str, Priced]) -> list[Compared]:
+    return [Compared(row, priced[row.id]) for row in rows]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The nearest rank from above."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def spearman(pairs: Sequence[tuple[float, float]]) -> float:
+    """Pearson's correlation of the ranks; ties share their mean rank."""
+    first, second = (_ranks([p[i] for p in pairs]) for i in (0, 1))
+    return statistics.correlation(first, second)
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    ordered = sorted(values)
+    return [ordered.index(v) + (ordered.count(v) - 1) / 2 for v in values]
+
+
+def by_family(compared: Iterable[Compared]) -> dict[str, list[Compared]]:
+    found: dict[str, list[Compared]] = {name: [] for name in FAMILIES.values()}
+    for one in compared:
+        found[one.row.family].append(one)
+    return {name: ones for name, ones in found.items() if ones}
