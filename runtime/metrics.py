@@ -5,8 +5,6 @@ import importlib.util
 import json
 import math
 import os
-import resource
-import sys
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -21,6 +19,7 @@ from torch import Tensor
 from .batches import Ramp
 from .errors import UserError
 from .mesh import Mesh
+from .predicted import Comparison, Predicted, comparison_lines, peak_memory_bytes
 
 WINDOW = 20  # steps over which speed is averaged
 
@@ -31,6 +30,7 @@ class Metrics:
     steps: of the whole run. first: how many were done before. tokens_per_step: with a `ramp`, of
     the steps that come after it. every, every_s: steps and seconds between progress lines.
     flops_per_token, peak_flops: of the model, and of one device per second, for MFU.
+    predicted: what the end of the run is compared with.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Metrics:
         first: int = 0,
         flops_per_token: float | None = None,
         peak_flops: float | None = None,
+        predicted: Predicted | None = None,
         every: int = 1,
         every_s: float = 0.0,
     ):
@@ -53,10 +54,12 @@ class Metrics:
         self.utilisation = None
         if flops_per_token and peak_flops:
             self.utilisation = flops_per_token / (peak_flops * mesh.world.size)
+        self.comparison = Comparison(predicted) if predicted is not None else None
         self.speaks = mesh.world.rank == 0
         self.recent: deque[tuple[float, int]] = deque(maxlen=WINDOW)  # (seconds, tokens)
         self.pending: _Pending | None = None
         self.stop = False
+        self.done = first
         self.said_s = -math.inf
         self.log = _Log(Path(path), first) if self.speaks else None
         self.mark_s = time.perf_counter()
@@ -110,6 +113,8 @@ class Metrics:
 
     def flush(self) -> None:
         """Record what is still in flight: before a checkpoint, whose step the log must reach."""
+        if self.comparison is not None:
+            self.comparison.interrupted(self.mesh.device)
         previous, self.pending = self.pending, None
         self._record(previous)
 
@@ -119,9 +124,15 @@ class Metrics:
             print(text, flush=True)
 
     def close(self) -> None:
+        """Called on every rank. What was measured is said beside what was predicted."""
         self.flush()
-        if self.log is not None:
-            self.log.close()
+        figures = self.comparison.measured(self.mesh) if self.comparison is not None else {}
+        if self.log is None:
+            return
+        if figures:
+            self.log.write({"step": self.done, **figures})
+            print("\n".join(comparison_lines(figures)), flush=True)
+        self.log.close()
 
     def _record(self, pending: "_Pending | None") -> None:
         if pending is None:
@@ -135,9 +146,13 @@ class Metrics:
                 "start again from the last checkpoint with a lower learning rate or other data"
             )
         self.stop = self.stop or stop > 0
+        self.done = pending.step
         if pending.step > self.first + 1 or self.first + 1 == self.steps:
             # the first step warms up
             self.recent.append((pending.seconds, self._tokens_of(pending.step)))
+            whole = self._tokens_of(pending.step) == self.tokens_per_step
+            if whole and self.comparison is not None:
+                self.comparison.step(pending.seconds)
         if self.log is None:
             return
         self.log.write(
@@ -200,14 +215,6 @@ def reduce_loss(loss: Tensor | None, mesh: Mesh) -> float:
     if mesh.world.size > 1:
         dist.all_reduce(total, group=mesh.world.group)
     return float(total)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Allocated on the GPU; of the whole process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmspec.compiler.emit.actions import print_actions
 from llmspec.compiler.emit.header import Header
-from llmspec.compiler.emit.text import Text, formatted, quoted
+from llmspec.compiler.emit.text import Text, formatted, in_bytes, quoted
 from llmspec.compiler.emit.train_file import TrainFile
 from llmspec.compiler.emit.train_main import print_main
 from llmspec.compiler.emit.trainer import print_trainer
@@ -57,6 +57,11 @@ def print_constants(file: TrainFile) -> None:
     file.text.line(f"FLOPS_PER_TOKEN = {file.model_flops_per_token:.6g}  # model, not hardware")
     if peak := file.peak():
         file.text.line(f"PEAK_FLOPS = {peak:.6g}  # of one device, {file.precision.matrix}, dense")
+    if known := file.predicted():
+        step_s, memory_bytes, what = known
+        file.text.line("# what plan.json predicts; the run ends with what was measured beside it")
+        file.text.line(f"STEP_S = {step_s:.6g}")
+        file.text.line(f"MEMORY_BYTES = {memory_bytes}  # {in_bytes(memory_bytes)}, {what}")
     if file.staged or file.typed:
         stored = f"  # weights are {WORDS[p.stored]}" if p.mixed else ""
         file.text.line(f"COMPUTE = {TORCH[p.compute]}{stored}")

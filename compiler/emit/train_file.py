@@ -9,7 +9,7 @@ from llmspec.compiler.errors import InternalError
 from llmspec.compiler.lower import Lowered
 from llmspec.compiler.ops import routing
 from llmspec.compiler.precision import precision_of
-from llmspec.dsl.program import Option, Program
+from llmspec.dsl.program import DeviceKind, Option, Program
 
 
 def literal(value: Option) -> str:
@@ -58,6 +58,19 @@ class TrainFile:
     def unscaled(self) -> str:
         """An argument of `clip_`, which divides by the loss scale as it clips."""
         return ", loss_scale=self.scale.value" if self.precision.loss_scale else ""
+
+    def predicted(self) -> tuple[float, int, str] | None:
+        """Seconds of a step, bytes of the fullest process, and whose; None of a plan that nobody
+        priced. A process on a GPU counts what it allocates there, on a CPU all that it has.
+        """
+        known = self.plan.predicted.get("predicted")
+        if not known:
+            return None
+        size = known["peak_memory_bytes"]
+        if self.program.cluster.device.kind is DeviceKind.CPU:
+            return known["step_time_s"], size, "of the fullest process"
+        size -= known["memory_bytes"]["fixed"]
+        return known["step_time_s"], size, "of tensors, on the fullest GPU"
 
     def peak(self) -> float | None:
         """Peak operations per second of one device, in the type that products run in."""

@@ -96,10 +96,14 @@ def print_loop(file: TrainFile, clip: str) -> None:
         t.line("trainer.scale.restore(resumed)")
     peak = ", peak_flops=PEAK_FLOPS" if file.peak() else ""
     ramp = "ramp=ramp, " if file.ramp else ""
+    predicted = ""
+    if file.predicted():
+        file.imports.add("from runtime.predicted import Predicted")
+        predicted = ", predicted=Predicted(step_s=STEP_S, memory_bytes=MEMORY_BYTES)"
     t.line(
         'metrics = Metrics(str(FOLDER / "log.jsonl"), mesh, steps=STEPS, first=first, '
         f"every={train.log.steps}, tokens_per_step=BATCH * SEQUENCE, {ramp}"
-        f"flops_per_token=FLOPS_PER_TOKEN{peak})"
+        f"flops_per_token=FLOPS_PER_TOKEN{peak}{predicted})"
     )
     with t.block("if first:"):
         t.line('metrics.say(f"resumed after step {first} of {STEPS}")')

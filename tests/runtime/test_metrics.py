@@ -3,6 +3,7 @@ import io
 import json
 import math
 import re
+import statistics
 import sys
 import types
 from pathlib import Path
@@ -15,6 +16,7 @@ from llmspec.runtime import metrics
 from llmspec.runtime.errors import UserError
 from llmspec.runtime.mesh import Mesh
 from llmspec.runtime.metrics import Metrics, _duration, _short, reduce_loss
+from llmspec.runtime.predicted import Predicted, peak_memory_bytes
 from tests.processes import run
 
 
@@ -59,6 +61,57 @@ def test_progress_lines(tmp_path: Path):
     ), printed[5]
     assert printed[3] == "step  3/12  validation loss 4.0000"
     assert "left" not in printed[-2] and "12/12" in printed[-2]
+
+
+def test_the_end_stands_beside_its_prediction(tmp_path: Path):
+    predicted = Predicted(step_s=2.5, memory_bytes=2**30)
+    said = play(tmp_path / "log.jsonl", range(12), 12, predicted=predicted).splitlines()
+    head, step, memory = said[-3:]
+    assert head.split() == ["predicted", "measured"]
+    last = lines(tmp_path / "log.jsonl")[-1]
+    seconds = [line["seconds"] for line in lines(tmp_path / "log.jsonl") if "seconds" in line]
+    assert last["step"] == 12 and last["predicted_step_s"] == 2.5
+    assert last["measured_step_s"] == statistics.median(seconds[1:])  # the first warms up
+    assert re.fullmatch(r"step +2\.5 s +[\d.]+ ms +-(100\.0|9\d\.\d) %", step), step
+    size = last["measured_memory_bytes"]
+    assert last["predicted_memory_bytes"] == 2**30
+    assert 2**20 < size <= peak_memory_bytes(torch.device("cpu")) < 2**36
+    off = f"{100 * (size / 2**30 - 1):+.1f} %"
+    assert re.fullmatch(
+        rf"peak memory +1\.00 GiB +{size / 2**20:.0f} MiB +{re.escape(off)}", memory
+    )
+
+
+def measured_on(rank: int, path: Path) -> None:
+    log = Metrics(
+        str(path),
+        Mesh.create("cpu", shards=2),
+        steps=2,
+        tokens_per_step=8,
+        predicted=Predicted(step_s=1.0, memory_bytes=1),
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        for step in (1, 2):
+            log.step(step, torch.tensor(1.0), torch.tensor(1.0), 0.1)
+        log.flush()
+        assert log.comparison is not None
+        peak = 7_000_000 + rank
+        log.comparison.own_peak_bytes = peak
+        log.flush()  # a second checkpoint takes memory that steps do not
+        assert log.comparison.own_peak_bytes == peak
+        log.close()
+    dist.barrier()
+    assert lines(path)[-1]["measured_memory_bytes"] == 7_000_001
+
+
+def test_the_fullest_rank_counts(tmp_path: Path):
+    run(2, measured_on, tmp_path / "log.jsonl")
+
+
+def test_a_run_without_a_warm_step_compares_nothing(tmp_path: Path):
+    path = tmp_path / "log.jsonl"
+    said = play(path, range(1), 5, predicted=Predicted(step_s=1.0, memory_bytes=1))
+    assert "predicted" not in said and "predicted" not in path.read_text()
 
 
 def test_log_of_a_resumed_run(tmp_path: Path):

@@ -19,6 +19,7 @@ from runtime.initialise import initialise
 from runtime.interrupts import Interrupts
 from runtime.mesh import Mesh, start
 from runtime.metrics import Metrics
+from runtime.predicted import Predicted
 from runtime.sharded_data_parallel import ShardedGradients
 
 STEPS = 1000
@@ -30,6 +31,9 @@ SEED = 1
 FOLDER = Path(__file__).parent
 FLOPS_PER_TOKEN = 1.48107e11  # model, not hardware
 PEAK_FLOPS = 9.89e14  # of one device, bf16, dense
+# what plan.json predicts; the run ends with what was measured beside it
+STEP_S = 47.6179
+MEMORY_BYTES = 75522181120  # 70.3 GiB, of tensors, on the fullest GPU
 COMPUTE = torch.bfloat16  # weights are float32
 REDUCE = torch.float32  # gradients are summed in it
 
@@ -99,6 +103,7 @@ def main() -> None:
         tokens_per_step=BATCH * SEQUENCE,
         flops_per_token=FLOPS_PER_TOKEN,
         peak_flops=PEAK_FLOPS,
+        predicted=Predicted(step_s=STEP_S, memory_bytes=MEMORY_BYTES),
     )
     if first:
         metrics.say(f"resumed after step {first} of {STEPS}")

@@ -20,6 +20,7 @@ from runtime.interrupts import Interrupts
 from runtime.mesh import Mesh, start
 from runtime.metrics import Metrics
 from runtime.pipeline import Executor
+from runtime.predicted import Predicted
 from runtime.replicated_data_parallel import ReplicatedGradients
 
 STEPS = 1000
@@ -31,6 +32,9 @@ SEED = 1
 FOLDER = Path(__file__).parent
 FLOPS_PER_TOKEN = 1.44263e10  # model, not hardware
 PEAK_FLOPS = 9.89e14  # of one device, bf16, dense
+# what plan.json predicts; the run ends with what was measured beside it
+STEP_S = 0.360564
+MEMORY_BYTES = 12475727872  # 11.6 GiB, of tensors, on the fullest GPU
 COMPUTE = torch.bfloat16  # weights are float32
 
 # what each pipeline rank does in a step: stage, action, micro-batch
@@ -106,6 +110,7 @@ def main() -> None:
         tokens_per_step=BATCH * SEQUENCE,
         flops_per_token=FLOPS_PER_TOKEN,
         peak_flops=PEAK_FLOPS,
+        predicted=Predicted(step_s=STEP_S, memory_bytes=MEMORY_BYTES),
     )
     if first:
         metrics.say(f"resumed after step {first} of {STEPS}")

@@ -21,6 +21,7 @@ from runtime.interrupts import Interrupts
 from runtime.mesh import Mesh, start
 from runtime.metrics import Metrics
 from runtime.pipeline import Executor
+from runtime.predicted import Predicted
 from runtime.replicated_data_parallel import ReplicatedGradients
 
 STEPS = 100
@@ -32,6 +33,9 @@ SEED = 1
 FOLDER = Path(__file__).parent
 FLOPS_PER_TOKEN = 1.12145e09  # model, not hardware
 PEAK_FLOPS = 1.652e14  # of one device, bf16, dense
+# what plan.json predicts; the run ends with what was measured beside it
+STEP_S = 0.452521
+MEMORY_BYTES = 1519763456  # 1.42 GiB, of tensors, on the fullest GPU
 COMPUTE = torch.bfloat16  # weights are float32
 
 # what each pipeline rank does in a step: stage, action, micro-batch
@@ -136,6 +140,7 @@ def main() -> None:
         tokens_per_step=BATCH * SEQUENCE,
         flops_per_token=FLOPS_PER_TOKEN,
         peak_flops=PEAK_FLOPS,
+        predicted=Predicted(step_s=STEP_S, memory_bytes=MEMORY_BYTES),
     )
     if first:
         metrics.say(f"resumed after step {first} of {STEPS}")
