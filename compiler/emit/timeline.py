@@ -18,11 +18,12 @@ from llmspec.compiler.graph import ModelGraph
 from llmspec.compiler.passes.recompute import by_instance
 from llmspec.compiler.plan import Plan
 from llmspec.compiler.schedules import COMPUTES, Action, Schedule, parse_action, rank_of
+from llmspec.compiler.search.candidates import Candidate, Shape
 from llmspec.compiler.search.meshes import Grid
 from llmspec.compiler.search.options import TensorOption
 from llmspec.compiler.search.pins import Recompute
 from llmspec.compiler.search.predicted import plan_object, predicted_object
-from llmspec.compiler.search.space import Candidate, Shape, Space
+from llmspec.compiler.search.space import Space
 from llmspec.compiler.views import view_of
 from llmspec.dsl.program import Program
 
@@ -67,14 +68,14 @@ def forecast(program: Program, plan: Plan, graph: ModelGraph) -> Forecast:
     """`graph`: of the plan's micro-batch. Errors: Unsupported for what has no price yet."""
     space = Space.of(program, lambda _: graph)
     shape = _shape(space, plan)
-    stages = space.stages_of(shape, by_instance(graph.instances, plan.recompute))
-    data = space.data_costs(shape, stages, plan.zero, plan.mesh.shards, plan.offload)
+    stages = space.repeats.stages(shape, by_instance(graph.instances, plan.recompute))
+    data = space.pricing.data_costs(shape, stages, plan.zero, plan.mesh.shards, plan.offload)
     starts = [i for i, instance in enumerate(graph.instances) if instance.prefix]
     schedule, ranks = Schedule(plan.schedule), plan.mesh.pipeline
-    plain = space.residence(shape, plan.zero, plan.mesh.shards)
+    plain = space.pricing.residence(shape, plan.zero, plan.mesh.shards)
     memory = [
         ledgers(holder.stage, holder.home(plain), space.types, space.machine, plan.offload)[0]
-        for holder in space.holders(shape, stages, plan.zero, schedule)
+        for holder in space.pricing.holders(shape, stages, plan.zero, schedule)
     ]
     found = []
     for index, (stage, cost) in enumerate(zip(stages, data, strict=True)):
@@ -104,14 +105,14 @@ def forecast(program: Program, plan: Plan, graph: ModelGraph) -> Forecast:
 def _priced(space: Space, plan: Plan, shape: Shape, stages: list[Stage]) -> Candidate:
     zero, shards, schedule = plan.zero, plan.mesh.shards, Schedule(plan.schedule)
     offload = plan.offload
-    memory, host = space.worst_ledger(shape, stages, zero, shards, schedule, offload)
+    memory, host = space.pricing.worst_ledger(shape, stages, zero, shards, schedule, offload)
     return Candidate(
         shape=shape,
         zero=zero,
         shards=shards,
         schedule=schedule,
         ledger=memory,
-        times=space.times(shape, stages, zero, shards, schedule, offload, play=True),
+        times=space.pricing.times(shape, stages, zero, shards, schedule, offload, play=True),
         offload=offload,
         host=host,
         recompute=by_instance(space.graph(1).instances, plan.recompute),

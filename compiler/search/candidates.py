@@ -93,15 +93,7 @@ class Candidate:
 
     @property
     def mesh(self) -> MeshSizes:
-        grid = self.shape.grid
-        return MeshSizes(
-            pipeline=grid.pipeline,
-            replicas=grid.data // self.shards,
-            shards=self.shards,
-            context=grid.context,
-            expert=grid.expert,
-            tensor=grid.tensor,
-        )
+        return self.shape.grid.mesh(self.shards)
 
     @property
     def interleave(self) -> int:

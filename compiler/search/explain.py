@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from llmspec.compiler.search.candidates import Candidate, Outline, Shape
-from llmspec.compiler.search.meshes import shardings
 from llmspec.compiler.search.pins import Recompute
 from llmspec.compiler.search.space import Space
 
@@ -68,7 +67,7 @@ def shape_families(shape: Shape | Outline) -> tuple[Family, ...]:
 def possible_families(outline: Outline, space: Space) -> set[Family]:
     """Every family that some candidate of the outline that may fit belongs to."""
     names: set[Family] = set()
-    for zero, shards in shardings(outline.grid, space.pins):
+    for zero, shards in space.ranges.shardings(outline.grid):
         if zero == 0 and outline.least_whole_bytes > space.budget_bytes:
             continue
         names |= families_with(outline, zero, shards, space)
@@ -82,7 +81,7 @@ def families_with(outline: Outline, zero: int, shards: int, space: Space) -> set
     if zero:
         names.add(("sharding", "hybrid" if shards < outline.grid.data else "full"))
     if outline.grid.pipeline > 1:
-        for interleave, schedules in space.ways(outline.grid.pipeline, outline.microbatches):
+        for interleave, schedules in space.ranges.ways(outline.grid.pipeline):
             names.add(("interleave", str(interleave)))
             names |= {("schedule", str(s)) for s in schedules}
     return names

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from llmspec.compiler.cost.stage import Parts
+from llmspec.compiler.plan import MeshSizes
 from llmspec.compiler.search.pins import Pins
 
 
@@ -32,6 +33,17 @@ class Grid:
         if zero == 0:
             return Parts()
         return Parts(shared=shards * self.context, experts=self.data * self.context // self.expert)
+
+    def mesh(self, shards: int) -> MeshSizes:
+        """With so many of the data ranks sharding."""
+        return MeshSizes(
+            pipeline=self.pipeline,
+            replicas=self.data // shards,
+            shards=shards,
+            context=self.context,
+            expert=self.expert,
+            tensor=self.tensor,
+        )
 
 
 def grids(

@@ -42,14 +42,16 @@ def lowered(graph: ModelGraph, option: TensorOption, name: str) -> Unit:
 
 @dataclass
 class Policies:
-    """`graph(microbatch, view)`: what one rank sees of the model. Everything is worked out once."""
+    """`graph(microbatch, view)`: what one rank sees of the model. `sample(microbatch)`: the
+    micro-batch whose sets of operators serve this one. Everything is worked out once."""
 
     graph: Callable[..., ModelGraph]
+    sample: Callable[[int], int]
     machine: Machine
     types: Types
     flows: dict[tuple[int, int, str], Flow] = field(default_factory=dict)
     priced: dict[tuple[int, int, str, Operators], Again | None] = field(default_factory=dict)
-    found: dict[tuple[int, str], tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    found: dict[tuple[int, int, str], tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     lists: dict[tuple[int, int, str], list[Again]] = field(default_factory=dict)
     mixtures: dict[tuple[object, ...], Mixtures] = field(default_factory=dict)
 
@@ -72,13 +74,14 @@ class Policies:
         return self.priced[key]
 
     def choices(self, option: TensorOption, microbatch: int, name: str) -> list[Again]:
-        """What is worth computing again in a unit. Sets of operators are found at the first
-        micro-batch that is asked for, and priced at each."""
+        """What is worth computing again in a unit. Sets of operators are found at one sequence, and
+        priced at each micro-batch."""
         at = (id(option), microbatch, name)
         if at not in self.lists:
-            key, flow = (id(option), name), self.flow(option, microbatch, name)
+            size = self.sample(microbatch)
+            key, flow = (id(option), size, name), self.flow(option, microbatch, name)
             if key not in self.found:
-                self.found[key] = corners(flow)
+                self.found[key] = corners(self.flow(option, size, name))
             sets: list[Operators] = [*self.found[key], EVERYTHING]
             self.lists[at] = [flow.again(operators) for operators in sets]
         return self.lists[at]

@@ -111,7 +111,7 @@ def predicted_object(space: Space, found: Candidate) -> Number:
     step, world = times.total, found.mesh.world_size
     tokens = program.train.batch_tokens
     shape = found.shape
-    stages = space.stages_of(shape, found.recompute)
+    stages = space.repeats.stages(shape, found.recompute)
     model_flops = flops_per_token(space) * tokens / world / step
     executed = sum(s.flops for s in stages) * shape.microbatches / found.mesh.pipeline / step
     waiting = times.pipeline_bubble
@@ -183,7 +183,7 @@ def ramp_stage(space: Space, found: Candidate, steps: int, sequences: int) -> Nu
 def collectives(space: Space, found: Candidate, stages: list[Stage]) -> list[Number]:
     """What one rank sends in a step, of those on the pipeline's busiest place."""
     shape, mesh, schedule = found.shape, found.mesh, found.schedule
-    ranks = space.by_ranks(shape, stages, schedule)
+    ranks = space.pricing.by_ranks(shape, stages, schedule)
     busiest = max(range(len(ranks)), key=lambda i: ranks[i].busy_s)
     stage = ranks[busiest]
     counted: Counter[tuple[str, str, int, int]] = Counter()
@@ -200,14 +200,15 @@ def collectives(space: Space, found: Candidate, stages: list[Stage]) -> list[Num
     if mesh.tensor > 1 and summed:
         size = space.types.reduced * summed
         counted[str(Collective.ALL_REDUCE), "tensor", mesh.tensor, size] += 1
-    data = space.data_costs(shape, stages, found.zero, found.shards, found.offload)
+    data = space.pricing.data_costs(shape, stages, found.zero, found.shards, found.offload)
     sizes = {
         "shards": mesh.shards * mesh.context,
         "replicas": mesh.replicas,
         "data": mesh.data * mesh.context,
         "expert_data": mesh.expert_data,
     }
-    for kind, axis, size, often in space.rank_data_costs(shape, data, schedule)[busiest].sends:
+    of_ranks = space.pricing.rank_data_costs(shape, data, schedule)
+    for kind, axis, size, often in of_ranks[busiest].sends:
         counted[kind, axis, sizes[axis], size] += often
     if mesh.pipeline > 1:
         message = max(s.output_bytes for s in stages[:-1])
@@ -215,7 +216,7 @@ def collectives(space: Space, found: Candidate, stages: list[Stage]) -> list[Num
         others = set(range(len(stages))) - set(own)
         ends = sum((s + 1 in others) + (s - 1 in others) for s in own)
         counted["send", "pipeline", mesh.pipeline, message] += ends * shape.microbatches
-        shared, _ = space.shared_weights(stages, mesh, parts.shared, schedule)
+        shared, _ = space.pricing.shared_weights(stages, mesh, parts.shared, schedule)
         if shared:
             counted[str(Collective.ALL_REDUCE), "pipeline", 2, shared] += 1
     return [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -77,31 +77,34 @@ def freed_span_s(
     kept: float,
     stored: float,
     budget: float,
-    s_per_byte: float,
+    s_per_byte: Callable[[], float],
     pipeline: int,
     microbatches: int,
 ) -> float:
     """Seconds of a step that no cut undercuts, where bytes that do not fit are computed again.
 
     The rest as in `evenest`. busy_s: of one micro-batch on the whole chain; s_per_byte: what a byte
-    less costs a micro-batch. A stage that takes the share s of the model, with n micro-batches in
-    flight, keeps at most (budget - s stored) / n bytes of each, and computes the rest of s kept
-    again; the step is the shortest in which the stages' shares make up the model.
+    less costs a micro-batch, asked for where something does not fit. A stage that takes the share s
+    of the model, with n micro-batches in flight, keeps at most (budget - s stored) / n bytes of
+    each, and computes the rest of s kept again; the step is the shortest in which the stages'
+    shares make up the model.
     """
     flying = np.minimum(microbatches, pipeline - np.arange(pipeline)).astype(float)
     whole = budget / (stored + flying * kept + 1.0)
-    most = budget / (stored + 1.0)
-    again = busy_s + s_per_byte * (kept + stored / flying)
+    low = microbatches * busy_s / pipeline
+    if budget <= 0 or (whole >= 1 / pipeline).all():
+        return low
+    most, price = budget / (stored + 1.0), s_per_byte()
+    again = busy_s + price * (kept + stored / flying)
 
     def shares(step_s: float) -> float:
         each = step_s / microbatches
         free = each / busy_s
-        freed = np.minimum((each + s_per_byte * budget / flying) / again, most)
+        freed = np.minimum((each + price * budget / flying) / again, most)
         return float(np.where(free <= whole, free, np.maximum(freed, whole)).sum())
 
-    low = microbatches * busy_s / pipeline
-    high = microbatches * (busy_s + s_per_byte * kept)
-    if budget <= 0 or shares(high) < 1:
+    high = microbatches * (busy_s + price * kept)
+    if shares(high) < 1:
         return low
     for _ in range(40):
         middle = (low + high) / 2

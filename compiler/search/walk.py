@@ -104,9 +104,7 @@ class Walk:
             shared = possible_families(outline, self.space)
             shared = {f for f in shared if f[0] not in ("schedule", "interleave")}
             skip = self._too_large(outline)
-            for interleave, schedules in self.space.ways(
-                outline.grid.pipeline, outline.microbatches
-            ):
+            for interleave, schedules in self.space.ranges.ways(outline.grid.pipeline):
                 left = [s for s in schedules if not self._lost(outline, shared, interleave, s)]
                 for candidate in self.space.candidates_of(outline, interleave, left, skip):
                     self._add(candidate)
@@ -117,7 +115,7 @@ class Walk:
         """Whether an outline's plans under one schedule can be the best of nothing."""
         if outline.grid.pipeline == 1:
             return False
-        least_s = self.space.least_s(outline, interleave, schedule)
+        least_s = self.space.bounds.scheduled_s(outline, interleave, schedule)
         if not self.shortlist.closed_to(least_s):
             return False
         own = {("schedule", str(schedule)), ("interleave", str(interleave))}
@@ -127,7 +125,7 @@ class Walk:
         """Whether a way to shard cannot fit, and is the smallest of nothing."""
 
         def skip(zero: int, shards: int) -> bool:
-            least = self.space.sharded_bytes(outline, zero, shards)
+            least = self.space.bounds.shared_bytes(outline, zero, shards)
             if least <= self.space.budget_bytes or self.smallest is None:
                 return False
             return self.tally.lowest(families_with(outline, zero, shards, self.space), least)

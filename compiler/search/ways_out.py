@@ -69,7 +69,7 @@ def _more_nodes(space: Space) -> Way | None:
     while factor <= MOST_NODES:
         nodes = program.cluster.nodes * factor
         wider = replace(program, cluster=replace(program.cluster, nodes=nodes))
-        bigger = replace(space, program=wider, lists={})
+        bigger = replace(space, program=wider)
         found = least_bytes(bigger)
         if found is not None:
             return Way(

@@ -146,12 +146,12 @@ def test_plans_keep_to_budget_and_cluster(ranks, batch, memory_mib, pinned):
         tiny_llama(2), cluster(1, ranks), batch=batch, memory=memory_mib * MiB, plan=pins
     )
     of = space(spec)
-    if not of.grids() or all(batch % g.data for g in of.grids()):
+    if not of.ranges.grids() or all(batch % g.data for g in of.ranges.grids()):
         return
-    if pinned == ("zero", 2) and all(g.data == 1 for g in of.grids()):
+    if pinned == ("zero", 2) and all(g.data == 1 for g in of.ranges.grids()):
         return
     try:
-        found = search(spec, of.build)
+        found = search(spec, of.chain.build)
     except Exception as error:  # every mesh that divides the batch may be pinned away
         assert "no plan satisfies" in str(error)
         return

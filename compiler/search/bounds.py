@@ -1,0 +1,202 @@
+"""What no plan of an outline can undercut, in seconds and in bytes, before its stages are cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llmspec.compiler.cost.closed import least_span_s
+from llmspec.compiler.cost.offload import (
+    ACTIVATIONS,
+    OPTIMIZER,
+    PARAMETERS,
+    Offload,
+    away_bytes,
+)
+from llmspec.compiler.cost.stage import Stage
+from llmspec.compiler.schedules import Schedule
+from llmspec.compiler.search.candidates import Outline, Sketch
+from llmspec.compiler.search.options import TensorOption
+from llmspec.compiler.search.pins import Recompute
+from llmspec.compiler.search.ranges import Ranges
+from llmspec.compiler.search.repeats import Repeats
+from llmspec.compiler.search.stages import evenest, freed_span_s
+
+ROUNDING = 1 - 1e-9
+"""Bounds are a little lower: a plan's price sums the same floats in another order."""
+
+
+@dataclass
+class Bounds:
+    """Those of equal stages: the worst stage is no better than their mean. offloads: what may live
+    in host memory, a choice a tuple; no bound counts what some choice moves there."""
+
+    ranges: Ranges
+    repeats: Repeats
+    offloads: tuple[Offload, ...]
+    budget_bytes: int
+    freeing: dict[tuple[int, int], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.chain = self.repeats.chain
+        self.machine, self.types = self.chain.machine, self.chain.types
+
+    def _leaves(self, what: str) -> bool:
+        return any(what in offload for offload in self.offloads)
+
+    def outline(self, sketch: Sketch, option: TensorOption, recompute: Recompute) -> Outline:
+        grid, size, count = sketch.grid, sketch.microbatch, sketch.microbatches
+        whole = self.repeats.whole(option, size, recompute)
+        of_one, kept = self._least_kept(self.repeats.fewest(option, size, recompute))
+        fixed = self.machine.fixed_bytes
+        return Outline(
+            option=option,
+            grid=grid,
+            microbatch=size,
+            microbatches=count,
+            recompute=recompute,
+            least_s=self._outline_s(sketch, option, recompute, whole),
+            least_bytes=self._outline_bytes(sketch, whole, kept),
+            least_whole_bytes=fixed + (of_one * whole.elements + kept) / grid.pipeline,
+            busy_s=whole.busy_s,
+            late_s=whole.late_s,
+        )
+
+    # -- seconds
+
+    def _outline_s(
+        self, sketch: Sketch, option: TensorOption, recompute: Recompute, whole: Stage
+    ) -> float:
+        """Of all plans that place so and compute this again."""
+        return max(
+            self._even_span_s(whole, sketch.grid.pipeline, sketch.microbatches),
+            self._freed_span_s(sketch, option, recompute, whole),
+        )
+
+    def scheduled_s(self, outline: Outline, interleave: int, schedule: Schedule) -> float:
+        """Of an outline's plans under one schedule."""
+        span = _span_s(
+            outline.busy_s,
+            outline.late_s,
+            outline.microbatches,
+            schedule=schedule,
+            ranks=outline.grid.pipeline,
+            interleave=interleave,
+        )
+        return max(outline.least_s, span)
+
+    def _even_span_s(self, whole: Stage, pipeline: int, microbatches: int) -> float:
+        """No cut under any schedule has a shorter step."""
+        if pipeline == 1:
+            return microbatches * whole.busy_s
+        spans = (
+            _span_s(
+                whole.busy_s,
+                whole.late_s,
+                microbatches,
+                schedule=schedule,
+                ranks=pipeline,
+                interleave=interleave,
+            )
+            for interleave, schedules in self.ranges.ways(pipeline)
+            for schedule in schedules
+        )
+        return min(spans, default=0.0)
+
+    def _freed_span_s(
+        self, sketch: Sketch, option: TensorOption, recompute: Recompute, whole: Stage
+    ) -> float:
+        """No plan that computes again what does not fit has a shorter step."""
+        if recompute is not Recompute.SELECTIVE or self._leaves(ACTIVATIONS):
+            return 0.0
+        return freed_span_s(
+            busy_s=whole.busy_s,
+            kept=whole.kept_bytes(0),
+            stored=self._stored_bytes(sketch, whole),
+            budget=self.budget_bytes - self.machine.fixed_bytes,
+            s_per_byte=lambda: self._cheapest_s(option, sketch.microbatch),
+            pipeline=sketch.grid.pipeline,
+            microbatches=sketch.microbatches,
+        )
+
+    def _cheapest_s(self, option: TensorOption, microbatch: int) -> float:
+        """Seconds of computing again for each byte that is not kept, at the least."""
+        key = (id(option), microbatch)
+        if key not in self.freeing:
+            costs = self.chain.costs(option, microbatch)
+            names = dict.fromkeys(i.unit for i in self.chain.instances if i.prefix)
+            self.freeing[key] = min(
+                (
+                    again.whole_s / (costs[name].saved_bytes - again.kept_bytes)
+                    for name in names
+                    for again in self.chain.policies.choices(option, microbatch, name)
+                    if again.kept_bytes < costs[name].saved_bytes
+                ),
+                default=0.0,
+            )
+        return self.freeing[key]
+
+    # -- bytes
+
+    def sketch_bytes(self, sketch: Sketch, options: list[TensorOption]) -> float:
+        """Of all plans of a sketch, from the costs of one sequence: what is kept grows with the
+        micro-batch. `options`: placements for the sketch's view, or for one without context."""
+        bounds = []
+        for option in options:
+            for recompute in self.ranges.recomputes:
+                fewest = self.repeats.fewest(option, 1, recompute)
+                kept = sketch.microbatch * self._least_kept(fewest)[1] / sketch.grid.context
+                bounds.append(self._outline_bytes(sketch, fewest, kept))
+        return min(bounds, default=0.0)
+
+    def _outline_bytes(self, sketch: Sketch, whole: Stage, kept: float) -> float:
+        """`kept`: of one micro-batch in all stages."""
+        stored, grid = self._stored_bytes(sketch, whole), sketch.grid
+        return self.machine.fixed_bytes + evenest(stored, kept, grid.pipeline, sketch.microbatches)
+
+    def shared_bytes(self, outline: Outline, zero: int, shards: int) -> float:
+        """Of an outline's plans that shard so."""
+        grid, types = outline.grid, self.types
+        whole = self.repeats.fewest(outline.option, outline.microbatch, outline.recompute)
+        of_one, kept = self._least_kept(whole)
+        part = grid.parts(zero, shards).largest(whole.elements, whole.expert_elements)
+        stored = of_one * part
+        if not self._leaves(PARAMETERS):
+            summed = zero == 0 and grid.data * grid.context > 1
+            summed |= zero == 1 and outline.microbatches > 1
+            shared = whole.elements - whole.expert_elements
+            stored += types.gradients * (shared if summed else part if zero else 0)
+            stored += types.compute * shared if zero in (1, 2) else 0
+        flying = evenest(stored, kept, grid.pipeline, outline.microbatches)
+        return self.machine.fixed_bytes + flying
+
+    def _stored_bytes(self, sketch: Sketch, whole: Stage) -> float:
+        """Of all stages, once, on a rank that shares with as many others as there are."""
+        grid = sketch.grid
+        elements = whole.elements + (grid.expert - 1) * whole.expert_elements
+        return self._least_kept(whole)[0] * elements / (grid.data * grid.context)
+
+    def _least_kept(self, whole: Stage) -> tuple[int, int]:
+        """(bytes of a weight and its optimizer, bytes of activations) that no choice of what to
+        offload brings lower."""
+        away = self._leaves(OPTIMIZER) or self._leaves(PARAMETERS)
+        moments = 0 if away else self.types.moments
+        weights = 0 if self._leaves(PARAMETERS) else self.types.weights
+        kept = whole.kept_bytes(0)
+        if self._leaves(ACTIVATIONS):
+            kept -= sum(run.count * away_bytes(run) for run in whole.runs)
+        return weights + moments, kept
+
+
+def _span_s(
+    busy_s: float,
+    late_s: float,
+    microbatches: int,
+    *,
+    schedule: Schedule,
+    ranks: int,
+    interleave: int,
+) -> float:
+    span = least_span_s(
+        busy_s, late_s, microbatches, schedule=schedule, ranks=ranks, interleave=interleave
+    )
+    return ROUNDING * span

@@ -1,0 +1,163 @@
+"""The model's chain as the ranks of a mesh see it: graphs, placements, the costs of units and of
+stages. Everything is worked out once and kept, whatever a spec pins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from llmspec.compiler.cost.hardware import Machine
+from llmspec.compiler.cost.network import inner_groups
+from llmspec.compiler.cost.stage import Run, Stage
+from llmspec.compiler.cost.types import Types
+from llmspec.compiler.cost.unit import UnitCost, resolve, unit_cost
+from llmspec.compiler.graph import Instance, ModelGraph
+from llmspec.compiler.search.meshes import divisors
+from llmspec.compiler.search.options import Solved, TensorOption, seen_as, tensor_options
+from llmspec.compiler.search.policies import Chosen, Policies
+from llmspec.compiler.search.stages import block_starts
+from llmspec.compiler.views import WHOLE_VIEW, View, seen
+
+Build = Callable[[int], ModelGraph]
+"""The model's graph for micro-batches of so many sequences."""
+
+Operators = tuple[str, ...]
+"""The names of all operators of a graph."""
+
+
+@dataclass
+class Chain:
+    build: Build
+    machine: Machine
+    types: Types
+    graphs: dict[tuple[int, View], ModelGraph] = field(default_factory=dict)
+    operators: dict[int, Operators] = field(default_factory=dict)
+    options: dict[tuple[object, ...], list[TensorOption]] = field(default_factory=dict)
+    solved: Solved = field(default_factory=dict)
+    unit_costs: dict[tuple[int, int], dict[str, UnitCost]] = field(default_factory=dict)
+    stages: dict[tuple[object, ...], Stage] = field(default_factory=dict)
+
+    def graph(self, microbatch: int, view: View = WHOLE_VIEW) -> ModelGraph:
+        """What one rank sees of the model, for micro-batches of so many sequences."""
+        key = (microbatch, view)
+        if key not in self.graphs:
+            whole = self.build(microbatch) if view == WHOLE_VIEW else self.graph(microbatch)
+            self.graphs[key] = seen(whole, view)
+        return self.graphs[key]
+
+    @cached_property
+    def instances(self) -> tuple[Instance, ...]:
+        return self.graph(1).instances
+
+    @cached_property
+    def blocks(self) -> int:
+        return len(block_starts(self.graph(1)))
+
+    @cached_property
+    def policies(self) -> Policies:
+        return Policies(self.graph, self.sample, self.machine, self.types)
+
+    def sample(self, microbatch: int) -> int:
+        """The micro-batch at which placements and what to compute again are found: one sequence
+        serves all whose graphs have the same operators. A traced model may have others there."""
+        return 1 if self._operators(microbatch) == self._operators(1) else microbatch
+
+    def _operators(self, microbatch: int) -> Operators:
+        if microbatch not in self.operators:
+            units = self.graph(microbatch).units.values()
+            self.operators[microbatch] = tuple(n.name for unit in units for n in unit.calls())
+        return self.operators[microbatch]
+
+    # -- placements
+
+    def tensor_options(
+        self, ranks: int, microbatch: int, view: View, sequences: Sequence[bool]
+    ) -> list[TensorOption]:
+        """`sequences`: whether values between blocks may be split along their tokens."""
+        size = self.sample(microbatch)
+        key = (ranks, view, self._operators(size), tuple(sequences))
+        if key not in self.options:
+            self.options[key] = self._placed(ranks, size, view, sequences)
+        return self.options[key]
+
+    def _placed(
+        self, ranks: int, size: int, view: View, sequences: Sequence[bool]
+    ) -> list[TensorOption]:
+        if ranks == 1 and False not in sequences:
+            return []
+        graph, like = self.graph(size, view), self._placed_like(ranks, view)
+        if like != view:
+            known = self.tensor_options(ranks, size, like, sequences)
+            found = [o for k in known if (o := seen_as(k, graph, view, self.machine))]
+            if found:
+                return found
+        return tensor_options(
+            graph, ranks, list(sequences), self.machine, self.types, view, self.solved
+        )
+
+    def _placed_like(self, ranks: int, view: View) -> View:
+        """The view whose placements serve this one: without context ranks, and of the numbers of
+        expert ranks that use the same wires the smallest."""
+        if view.expert == 1:
+            return WHOLE_VIEW
+
+        def crosses(context: int, expert: int) -> bool:
+            return inner_groups(ranks, context, expert, self.machine)["expert"].crosses_nodes
+
+        wires = crosses(view.context, view.expert)
+        counts = [n for n in divisors(view.expert) if n > 1 and crosses(1, n) == wires]
+        return View(expert=counts[0]) if counts else replace(view, context=1, style=None)
+
+    # -- costs
+
+    def costs(self, option: TensorOption, microbatch: int) -> dict[str, UnitCost]:
+        """By unit, of one micro-batch with nothing computed again."""
+        key = (id(option), microbatch)
+        if key not in self.unit_costs:
+            self.unit_costs[key] = {
+                name: unit_cost(
+                    unit,
+                    resolve(unit, option.placements[name], option.ranks),
+                    option.where,
+                    self.machine,
+                    self.types.compute,
+                    option.inner,
+                )
+                for name, unit in self.graph(microbatch, option.view).units.items()
+            }
+        return self.unit_costs[key]
+
+    def stage(
+        self, option: TensorOption, microbatch: int, chosen: Chosen, start: int, *, alone: bool
+    ) -> Stage:
+        """Instances from `start` on, one for each choice of what to compute again. `alone`: the
+        whole chain is one stage, so that what is tied is there once."""
+        stop = start + len(chosen)
+        names = tuple(i.unit for i in self.instances[start:stop])
+        ends = (start == 0, stop == len(self.instances))
+        key = (id(option), microbatch, chosen, names, ends, alone)
+        if key not in self.stages:
+            self.stages[key] = self._stage(option, microbatch, chosen, start, alone)
+        return self.stages[key]
+
+    def _stage(
+        self, option: TensorOption, microbatch: int, chosen: Chosen, start: int, alone: bool
+    ) -> Stage:
+        costs = self.costs(option, microbatch)
+        tied = any(c.tied_elements for c in costs.values())
+        runs: list[Run] = []
+        before: tuple[object, ...] = ()
+        last = len(self.instances) - 1
+        for index, operators in enumerate(chosen, start):
+            instance, block = self.instances[index], 0 < index < last
+            again = self.policies.again(option, microbatch, instance.unit, operators)
+            own = bool(instance.prefix) or not alone or not tied
+            kind = (instance.unit, id(again), own, block)
+            if kind == before:
+                runs[-1] = Run(runs[-1].cost, runs[-1].count + 1, again, own, block)
+            else:
+                runs.append(Run(costs[instance.unit], 1, again, own, block))
+            before = kind
+        copies = 0 if alone else sum(r.cost.tied_elements * r.count for r in runs)
+        return Stage(tuple(runs), copies)

@@ -1,0 +1,216 @@
+"""What a rank of a plan holds, and how long its steps take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from llmspec.compiler.cost.closed import makespan_s
+from llmspec.compiler.cost.data import DataCost, DataGroups, added, data_cost
+from llmspec.compiler.cost.hardware import Machine
+from llmspec.compiler.cost.memory import Ledger, Residence
+from llmspec.compiler.cost.network import (
+    axis_group,
+    collective_s,
+    data_group,
+    expert_data_group,
+    group,
+    send_s,
+    shards_group,
+)
+from llmspec.compiler.cost.offload import HostLedger, Offload, host_cost, ledgers
+from llmspec.compiler.cost.rank import Holder, fullest, holders, run_by_ranks
+from llmspec.compiler.cost.stage import Stage
+from llmspec.compiler.cost.step import Times, durations, played_s, step_times, tail
+from llmspec.compiler.cost.types import Types
+from llmspec.compiler.placement import Collective
+from llmspec.compiler.plan import MeshSizes
+from llmspec.compiler.schedules import Schedule, actions, stages_of
+from llmspec.compiler.search.candidates import Shape
+
+
+@dataclass
+class Pricing:
+    """Stages are known by their ids: whoever makes them keeps them."""
+
+    machine: Machine
+    types: Types
+    lists: dict[tuple[object, ...], dict[int, tuple[str, ...]]] = field(default_factory=dict)
+    runs: dict[tuple[object, ...], list[Stage]] = field(default_factory=dict)
+    held: dict[tuple[object, ...], list[Holder]] = field(default_factory=dict)
+    most: dict[tuple[object, ...], list[Holder]] = field(default_factory=dict)
+
+    # -- memory
+
+    def holders(
+        self, shape: Shape, stages: list[Stage], zero: int, schedule: Schedule
+    ) -> list[Holder]:
+        """Every rank, as the ledger sees it."""
+        key = _held_key(shape, stages, zero, schedule)
+        if key not in self.held:
+            cast = self.types.compute if self.types.mixed and zero == 0 else 0
+            ranks, count = shape.grid.pipeline, shape.microbatches
+            self.held[key] = holders(schedule, stages, ranks, count, cast)
+        return self.held[key]
+
+    def _fullest(
+        self, shape: Shape, stages: list[Stage], zero: int, schedule: Schedule
+    ) -> list[Holder]:
+        key = _held_key(shape, stages, zero, schedule)
+        if key not in self.most:
+            self.most[key] = fullest(self.holders(shape, stages, zero, schedule))
+        return self.most[key]
+
+    def residence(self, shape: Shape, zero: int, shards: int) -> Residence:
+        """But for what a rank has in flight."""
+        return Residence(
+            zero=zero,
+            data=shape.grid.data * shape.grid.context,
+            shards=shards * shape.grid.context,
+            expert_shards=shape.grid.parts(zero, shards).experts,
+            microbatches=shape.microbatches,
+            in_flight=1,
+            sends_on=False,
+        )
+
+    def worst_ledger(
+        self,
+        shape: Shape,
+        stages: list[Stage],
+        zero: int,
+        shards: int,
+        schedule: Schedule,
+        offload: Offload = (),
+    ) -> tuple[Ledger, HostLedger]:
+        """Of the fullest rank, and of the one with most in host memory. Ranks with equal stages
+        differ by what is in flight."""
+        plain = self.residence(shape, zero, shards)
+        found = [
+            ledgers(holder.stage, holder.home(plain), self.types, self.machine, offload)
+            for holder in self._fullest(shape, stages, zero, schedule)
+        ]
+        worst = max((made for made, _ in found), key=lambda made: made.total)
+        return worst, max((host for _, host in found), key=lambda host: host.total)
+
+    # -- time
+
+    def by_ranks(self, shape: Shape, stages: list[Stage], schedule: Schedule) -> list[Stage]:
+        """What each rank runs, as one stage."""
+        if len(stages) == shape.grid.pipeline:
+            return stages
+        key = (tuple(id(s) for s in stages), shape.grid.pipeline, schedule.turns)
+        if key not in self.runs:
+            self.runs[key] = run_by_ranks(schedule, stages, shape.grid.pipeline)
+        return self.runs[key]
+
+    def rank_data_costs(
+        self, shape: Shape, data: list[DataCost], schedule: Schedule
+    ) -> list[DataCost]:
+        """What each rank's stages cost the data axes."""
+        ranks = shape.grid.pipeline
+        if len(data) == ranks:
+            return data
+        made: dict[tuple[int, ...], DataCost] = {}
+        found = []
+        for rank in range(ranks):
+            own = [data[s] for s in stages_of(schedule, rank, len(data), ranks)]
+            key = tuple(map(id, own))
+            if key not in made:
+                made[key] = added(own)
+            found.append(made[key])
+        return found
+
+    def data_costs(
+        self,
+        shape: Shape,
+        stages: list[Stage],
+        zero: int,
+        shards: int,
+        offload: Offload = (),
+    ) -> list[DataCost]:
+        mesh = shape.grid.mesh(shards)
+        groups = DataGroups(
+            shards=shards_group(mesh, self.machine),
+            replicas=axis_group("replicas", mesh, self.machine),
+            data=data_group(mesh, self.machine),
+            experts=expert_data_group(mesh, self.machine),
+        )
+        distinct = {id(s): s for s in stages}.values()
+        made = {
+            id(s): data_cost(s, zero, shape.microbatches, groups, self.types, self.machine)
+            for s in distinct
+        }
+        if offload:
+            parts = shape.grid.parts(zero, shards)
+            for s in distinct:
+                link = host_cost(s, groups, parts, self.types, self.machine, offload)
+                made[id(s)] = replace(made[id(s)], host_forward_s=link[0], host_backward_s=link[1])
+        return [made[id(s)] for s in stages]
+
+    def times(
+        self,
+        shape: Shape,
+        stages: list[Stage],
+        zero: int,
+        shards: int,
+        schedule: Schedule,
+        offload: Offload = (),
+        *,
+        play: bool,
+    ) -> Times:
+        """`play`: the schedule's own action lists instead of the closed form."""
+        data = self.data_costs(shape, stages, zero, shards, offload)
+        mesh = shape.grid.mesh(shards)
+        parts = shape.grid.parts(zero, shards)
+        spent = [durations(s, d) for s, d in zip(stages, data, strict=True)]
+        late = [s.late_s for s in stages]
+        message = max((s.output_bytes for s in stages[:-1]), default=0)
+        sending = send_s(message, mesh, self.machine) if len(stages) > 1 else 0.0
+        ranks, count = mesh.pipeline, shape.microbatches
+        # a message holds up the kernels of its stage by what cannot overlap
+        held = (1 - self.machine.send_overlap) * sending
+        spent = [(f + held, b + held) for f, b in spent]
+        if play and len(stages) > 1:
+            lists = self.action_lists(schedule, len(stages), ranks, count, zero)
+            span = played_s(lists, spent, sending, late)
+        else:
+            span = makespan_s(spent, count, sending, schedule=schedule, ranks=ranks, late_s=late)
+        shared = self.shared_weights(stages, mesh, parts.shared, schedule)
+        own = self.by_ranks(shape, stages, schedule)
+        own_data = self.rank_data_costs(shape, data, schedule)
+        distinct = {(id(s), id(d)): (s, d) for s, d in zip(own, own_data, strict=True)}
+        own, own_data = [s for s, _ in distinct.values()], [d for _, d in distinct.values()]
+        where = shape.option.where
+        tails = [
+            tail(s, d, parts, where, shared[1], self.types, self.machine, offload)
+            for s, d in zip(own, own_data, strict=True)
+        ]
+        held *= len(stages) / ranks
+        return step_times(own, own_data, tails, count, span, held)
+
+    def shared_weights(
+        self, stages: list[Stage], mesh: MeshSizes, parts: int, schedule: Schedule
+    ) -> tuple[int, float]:
+        """(bytes, seconds) of summing the gradients of weights that two stages hold. In a V the
+        ends of the chain are one rank's."""
+        elements = max(s.tied_elements for s in stages)
+        size = self.types.reduced * -(-elements // parts)
+        if schedule.turns:
+            return 0, 3 * size / self.machine.memory_bytes_per_s
+        pair = group(2, mesh.world_size // mesh.pipeline, self.machine)
+        return size, collective_s(Collective.ALL_REDUCE, size, pair)
+
+    def action_lists(
+        self, schedule: Schedule, stages: int, ranks: int, microbatches: int, zero: int
+    ) -> dict[int, tuple[str, ...]]:
+        key = (schedule, stages, ranks, microbatches, zero)
+        if key not in self.lists:
+            self.lists[key] = actions(schedule, stages, ranks, microbatches, zero)
+        return self.lists[key]
+
+
+def _held_key(
+    shape: Shape, stages: list[Stage], zero: int, schedule: Schedule
+) -> tuple[object, ...]:
+    """Of ZeRO it matters whether there is any: then autograd does not keep weights as cast."""
+    ids = tuple(id(stage) for stage in stages)
+    return schedule, ids, shape.grid.pipeline, shape.microbatches, zero == 0

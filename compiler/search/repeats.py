@@ -1,0 +1,126 @@
+"""What every instance of the chain computes again: the same for all blocks, or for each pipeline
+rank the fastest choice that fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llmspec.compiler.cost.memory import Residence
+from llmspec.compiler.cost.offload import Offload
+from llmspec.compiler.cost.recompute import Operators
+from llmspec.compiler.cost.stage import Stage, together
+from llmspec.compiler.plan import EVERYTHING
+from llmspec.compiler.schedules import Schedule, stages_of
+from llmspec.compiler.search.candidates import Shape
+from llmspec.compiler.search.chain import Chain
+from llmspec.compiler.search.options import TensorOption
+from llmspec.compiler.search.pins import Pins, Recompute
+from llmspec.compiler.search.policies import Chosen, fitting
+from llmspec.compiler.search.pricing import Pricing
+from llmspec.compiler.search.stages import Cut
+
+
+@dataclass
+class Repeats:
+    chain: Chain
+    pricing: Pricing
+    pins: Pins
+    budget_bytes: int
+    of_all: dict[tuple[int, int, Recompute], Chosen] = field(default_factory=dict)
+    choices: dict[tuple[object, ...], Chosen | None] = field(default_factory=dict)
+
+    def alike(self, option: TensorOption, microbatch: int, recompute: Recompute) -> Chosen:
+        """Of the whole chain where all blocks do the same; nothing where each has its own
+        choice."""
+        key = (id(option), microbatch, recompute)
+        if key not in self.of_all:
+            names = dict.fromkeys(i.unit for i in self.chain.instances if i.prefix)
+            by_unit = {n: self._of_each(option, microbatch, recompute, n) for n in names}
+            self.of_all[key] = tuple(
+                by_unit[i.unit] if i.prefix else () for i in self.chain.instances
+            )
+        return self.of_all[key]
+
+    def _of_each(
+        self, option: TensorOption, microbatch: int, recompute: Recompute, name: str
+    ) -> Operators:
+        match recompute:
+            case Recompute.FULL:
+                return EVERYTHING
+            case Recompute.LISTED:
+                names = self.pins.recomputed_operators()
+                return self.chain.policies.listed(option, microbatch, name, names)
+            case _:
+                return ()
+
+    def whole(self, option: TensorOption, microbatch: int, recompute: Recompute) -> Stage:
+        """The chain as one stage, all blocks alike."""
+        chosen = self.alike(option, microbatch, recompute)
+        return self.chain.stage(option, microbatch, chosen, 0, alone=True)
+
+    def fewest(self, option: TensorOption, microbatch: int, recompute: Recompute) -> Stage:
+        """The chain as one stage that keeps no more than any choice of `recompute`."""
+        full = Recompute.FULL if recompute is Recompute.SELECTIVE else recompute
+        return self.whole(option, microbatch, full)
+
+    def stages(self, shape: Shape, chosen: Chosen) -> list[Stage]:
+        """The stages of a shape whose instances compute again what is chosen for each."""
+        option, size, alone = shape.option, shape.microbatch, shape.grid.pipeline == 1
+        return [
+            self.chain.stage(option, size, chosen[start:stop], start, alone=alone)
+            for start, stop in shape.cut
+        ]
+
+    def chosen(
+        self, shape: Shape, zero: int, shards: int, schedule: Schedule, offload: Offload
+    ) -> Chosen | None:
+        """None where nothing need be computed again."""
+        alike = self.alike(shape.option, shape.microbatch, shape.recompute)
+        if shape.recompute is not Recompute.SELECTIVE:
+            return alike
+        some = Recompute.NONE not in self.pins.recompute()  # something has to run again
+        bare = self.stages(shape, alike)
+        plain = self.pricing.residence(shape, zero, shards)
+        out: list[Operators] = [()] * len(alike)
+        for rank, holder in enumerate(self.pricing.holders(shape, bare, zero, schedule)):
+            mine = stages_of(schedule, rank, len(bare), shape.grid.pipeline)
+            spans = tuple(shape.cut[s] for s in mine)
+            home = holder.home(plain)
+            key = (*(id(bare[s]) for s in mine), home, offload)
+            if key not in self.choices:
+                self.choices[key] = self._for_rank(shape, spans, holder.stage, home, offload, some)
+            found = self.choices[key]
+            if found is None:  # nothing fits
+                return self.alike(shape.option, shape.microbatch, Recompute.FULL)
+            places = [i for a, b in spans for i in range(a, b)]
+            for place, own in zip(places, found, strict=True):
+                out[place] = own
+        return tuple(out) if any(out) else None
+
+    def _for_rank(
+        self, shape: Shape, spans: Cut, bare: Stage, home: Residence, offload: Offload, some: bool
+    ) -> Chosen | None:
+        """The fastest choice for the instances of a rank's stages that fits; None when none
+        does."""
+        own = [i for a, b in spans for i in self.chain.instances[a:b]]
+        return fitting(
+            self.chain.policies,
+            shape.option,
+            shape.microbatch,
+            bare,
+            tuple(i.unit if i.prefix else "" for i in own),
+            home,
+            offload=offload,
+            budget_bytes=self.budget_bytes,
+            some=some,
+            make=lambda chosen: self._together(shape, spans, chosen),
+        )
+
+    def _together(self, shape: Shape, spans: Cut, chosen: Chosen) -> Stage:
+        """A rank's stages with a choice for each of their instances."""
+        made, place, alone = [], 0, shape.grid.pipeline == 1
+        for start, stop in spans:
+            part, place = chosen[place : place + stop - start], place + stop - start
+            option, size = shape.option, shape.microbatch
+            made.append(self.chain.stage(option, size, part, start, alone=alone))
+        return together(made)
