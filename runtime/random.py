@@ -6,6 +6,8 @@ differ in the last bit between devices, and between the middle and the tail of o
 
 import hashlib
 import math
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -78,6 +80,68 @@ def dropout(
     return _Mask.apply(x, keep, 1.0 / (1.0 - p) if p < 1.0 else 0.0)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mask:
+    """What a dropout inside a kernel is drawn from: the element in row r and column c of a sample
+    is dropped when bits(bits(stream, sample), places[r] + c) < threshold.
+
+    samples: [B]. places: int64, one for each row of a sample. raised: what is kept is times this.
+    """
+
+    samples: Tensor
+    places: Tensor
+    stream: int
+    threshold: int
+    raised: float
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        p: float,
+        samples_B: Tensor,
+        *,
+        operator: int,
+        seed: int,
+        start: tuple[int | Tensor, ...],
+        shape: tuple[int, ...],
+        training: bool,
+    ) -> "Mask":
+        """As `dropout` has them; nothing is dropped outside training."""
+        p = p if training else 0.0
+        fixed = type(x) is Tensor and all(isinstance(s, int) for s in start)
+        places = _row_places if fixed else _row_places.__wrapped__
+        return cls(
+            samples=samples_B,
+            places=places(tuple(x.shape[1:-1]), start, shape, samples_B.device),
+            stream=_signed(key(seed, f"dropout {operator}")),
+            threshold=_threshold(p),
+            raised=1.0 / (1.0 - p) if p < 1.0 else 0.0,
+        )
+
+
+@lru_cache(maxsize=64)
+def _row_places(
+    rows: tuple[int, ...], start: tuple[int | Tensor, ...], shape: tuple[int, ...], device: Any
+) -> Tensor:
+    """Where each row of a sample begins in the whole sample's tensor."""
+    with torch.inference_mode(False), torch.no_grad():
+        first = whole_index(rows, start[:-1], shape[:-1], device).flatten()
+        return first * shape[-1] + start[-1]
+
+
+def keep_scaled(
+    x: Tensor, samples: Tensor, places: Tensor, stream: int, threshold: int, raised: float
+) -> Tensor:
+    """[B, …] in x's wide type: 0 where a Mask drops, `raised` elsewhere."""
+    columns = torch.arange(x.shape[-1], device=places.device)
+    index = (places[:, None] + columns).view(x.shape[1:])
+    keep = torch.empty(x.shape, dtype=torch.bool, device=samples.device)
+    for row, sample_stream in zip(keep, bits(stream, samples), strict=True):
+        torch.ge(bits(sample_stream, index), threshold, out=row)
+    return keep.to(torch.promote_types(x.dtype, torch.float32)).mul_(raised)
+
+
 def round_to_bfloat16(x: Tensor, random_bits: Tensor) -> Tensor:
     """One of the two neighbours of float32 x, the nearer one the likelier: x on average.
 
@@ -115,12 +179,17 @@ def _keep_mask(
 ) -> Tensor:
     index = whole_index(tuple(local_shape[1:]), start, shape, samples_B.device)
     streams_B = bits(stream, samples_B)
-    threshold = min(int(p * 2.0**64), _MASK) - (1 << 63)
+    threshold = _threshold(p)
     keep = torch.empty(local_shape, dtype=torch.bool, device=samples_B.device)
     # sample by sample: the 64-bit work space is that of one sample
     for row, sample_stream in zip(keep, streams_B, strict=True):
         torch.ge(bits(sample_stream, index), threshold, out=row)
     return keep
+
+
+def _threshold(p: float) -> int:
+    """Of signed bits: a share p lies below it."""
+    return min(int(p * 2.0**64), _MASK) - (1 << 63)
 
 
 class _Mask(torch.autograd.Function):

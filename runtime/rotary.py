@@ -27,6 +27,24 @@ def rotary(x_BTHE: Tensor, base: float, start: int = 0, context: Axis | None = N
     return _Rotate.apply(x_BTHE, cos_T1E, sin_T1h)
 
 
+def rotary_tables(
+    x_BTHE: Tensor, base: float, context: Axis | None = None
+) -> tuple[Tensor, Tensor]:
+    """(cosines, sines) [T, E] for a kernel: out = x cos + turned(x) sin, where (a, b) -> (-b, a)
+    turns the halves of a head."""
+    wide = torch.promote_types(x_BTHE.dtype, torch.float32)
+    sizes = x_BTHE.device, wide, 0, x_BTHE.shape[1], x_BTHE.shape[3], float(base), context
+    whole = _whole_tables if type(x_BTHE) is Tensor else _whole_tables.__wrapped__
+    return whole(*sizes)
+
+
+@lru_cache(maxsize=16)
+def _whole_tables(*sizes: Any) -> tuple[Tensor, Tensor]:
+    cos_T1E, sin_T1h = _tables.__wrapped__(*sizes)
+    with torch.inference_mode(False), torch.no_grad():
+        return cos_T1E.squeeze(1).contiguous(), torch.cat((sin_T1h, sin_T1h), dim=-1).squeeze(1)
+
+
 @lru_cache(maxsize=16)
 def _tables(
     device: torch.device,

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, fx
 
+from llmspec.compiler.ops.formula import Expr, Extra, Formula, Given, Maker
 from llmspec.compiler.ops.registry import (
     Entry,
     Localised,
@@ -191,6 +192,29 @@ register(
 )
 
 
+def turning(context: str = "") -> Formula:
+    """Rotary positions: halves turned by a table's angles. context: of the tables' call."""
+
+    def value(node: fx.Node, m: Maker, x: Sequence[Expr]) -> Expr:
+        *_, cos, sin = x
+        return x[0] * cos + m.turn(x[0]) * sin
+
+    def gradient(
+        node: fx.Node, m: Maker, x: Sequence[Expr], y: Expr, g: Expr
+    ) -> Sequence[Expr | None]:
+        *_, cos, sin = x
+        return (g * cos - m.turn(g) * sin,)  # the rotation back
+
+    def given(node: fx.Node, args: Sequence[str], _: Localised) -> Given:
+        text = f"*rotary_tables({args[0]}, {args[1]}{context})"
+        return Given((text,), (("runtime.rotary", "rotary_tables"),))
+
+    tables = tuple(Extra(name=name, per=(1, 2), columns=True) for name in ("cos", "sin"))
+    return Formula(
+        value=value, gradient=gradient, extras=lambda node: tables, given=given, alone=True
+    )
+
+
 def _rotary_rule(node: fx.Node) -> Rule:
     b, t, h, e = shape_of(node)
     sizes = {"b": b, "t": t, "h": h, "e": e}
@@ -219,5 +243,6 @@ register(
         saved=lambda node, shapes: Saved(),
         render=_render_rotary,
         moved=_rotary_moved,
+        formula=turning(),
     )
 )

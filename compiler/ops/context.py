@@ -15,9 +15,10 @@ from torch import fx
 from llmspec.compiler.errors import InternalError
 from llmspec.compiler.graph import without_gradient
 from llmspec.compiler.ops import dropout as dropouts
-from llmspec.compiler.ops.attention import rotary
+from llmspec.compiler.ops.attention import rotary, turning
 from llmspec.compiler.ops.dropout import dropout
 from llmspec.compiler.ops.embedding import positions
+from llmspec.compiler.ops.formula import Formula
 from llmspec.compiler.ops.registry import (
     CONTEXT_FORMS,
     REGISTRY,
@@ -203,6 +204,7 @@ def _as(
     original: Callable[..., Any],
     function: Callable[..., Any],
     render: Callable[[fx.Node, Sequence[str], Localised], Printed],
+    formula: Formula | None = None,
 ) -> None:
     """An operator that is another one at other places."""
     like = REGISTRY[original]
@@ -214,6 +216,7 @@ def _as(
             flops=like.flops,
             saved=like.saved,
             render=render,
+            formula=formula,
         )
     )
 
@@ -234,7 +237,7 @@ def _render_positions(node: fx.Node, args: Sequence[str], _: Localised) -> Print
     return Printed(f"{args[1]}[{places}]", PLACES)
 
 
-def _render_dropout(node: fx.Node, args: Sequence[str], local: Localised) -> Printed:
+def _part(node: fx.Node, args: Sequence[str], local: Localised) -> dropouts.Part:
     x, dim, ranks = args[0], int(args[4]), int(args[5])
     whole = list(local.whole_result or shape_of(node))
     places = f"token_positions({AXIS}, {whole[dim]}, {x}.device)"
@@ -246,7 +249,11 @@ def _render_dropout(node: fx.Node, args: Sequence[str], local: Localised) -> Pri
             places += f".chunk({local.axis}.size)[{local.axis}.rank]"
     starts[dim] = places
     whole[dim] *= ranks
-    return dropouts.printed(node, args, starts[1:], tuple(whole[1:]), PLACES)
+    return dropouts.Part(tuple(starts[1:]), tuple(whole[1:]), PLACES)
+
+
+def _render_dropout(node: fx.Node, args: Sequence[str], local: Localised) -> Printed:
+    return dropouts.printed(node, args, _part(node, args, local))
 
 
 def _render_softmax(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
@@ -265,7 +272,7 @@ def _render_softmax(node: fx.Node, args: Sequence[str], _: Localised) -> Printed
     )
 
 
-_as(rotary, context_rotary, _render_rotary)
+_as(rotary, context_rotary, _render_rotary, turning(f", context={AXIS}"))
 _as(positions, context_positions, _render_positions)
-_as(dropout, context_dropout, _render_dropout)
+_as(dropout, context_dropout, _render_dropout, dropouts.formula(_part))
 _as(masked_softmax, context_masked_softmax, _render_softmax)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from llmspec.compiler.ops.formula import Expr, Formula, Gradient, Maker
 from llmspec.compiler.ops.registry import (
     Entry,
     Factors,
@@ -107,13 +108,37 @@ def _product_saves(node: fx.Node, _: Any) -> Saved:
     return Saved(operands=(0, 1)) if len(tensor_operands(node)) == 2 else Saved()
 
 
+Operands = Sequence[Expr]
+Gradients = Sequence[Expr | None]
+
+
+def _add_gradient(node: fx.Node, m: Maker, x: Operands, y: Expr, g: Expr) -> Gradients:
+    return g, g
+
+
+def _subtract_gradient(node: fx.Node, m: Maker, x: Operands, y: Expr, g: Expr) -> Gradients:
+    return g, -g
+
+
+def _multiply_gradient(node: fx.Node, m: Maker, x: Operands, y: Expr, g: Expr) -> Gradients:
+    return g * x[1], g * x[0]
+
+
+def _divide_gradient(node: fx.Node, m: Maker, x: Operands, y: Expr, g: Expr) -> Gradients:
+    return g / x[1], -(g * y / x[1])
+
+
 def _arithmetic(
     name: str,
     function: Callable[..., Any],
     sign: str,
     linear: Callable[[fx.Node], tuple[tuple[int, ...], ...]],
     saved: Callable[[fx.Node, Any], Saved],
+    gradient: Gradient,
 ) -> None:
+    def value(node: fx.Node, m: Maker, x: Operands) -> Expr:
+        return m.binary(name, x[0], x[1])
+
     def render(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
         return Printed(f"{args[0]} {sign} {args[1]}")
 
@@ -125,6 +150,7 @@ def _arithmetic(
             flops=lambda node, shapes: float(numel(shapes.result)),
             saved=saved,
             render=render,
+            formula=Formula(value=value, gradient=gradient),
         )
     )
 
@@ -133,15 +159,74 @@ def _nothing(node: fx.Node, _: Any) -> Saved:
     return Saved()
 
 
-_arithmetic("add", add, "+", _additive, _nothing)
-_arithmetic("subtract", subtract, "-", _additive, _nothing)
-_arithmetic("multiply", multiply, "*", _each, _product_saves)
-_arithmetic("divide", divide, "/", _numerator, _product_saves)
+_arithmetic("add", add, "+", _additive, _nothing, _add_gradient)
+_arithmetic("subtract", subtract, "-", _additive, _nothing, _subtract_gradient)
+_arithmetic("multiply", multiply, "*", _each, _product_saves, _multiply_gradient)
+_arithmetic("divide", divide, "/", _numerator, _product_saves, _divide_gradient)
+
+
+# --------------------------------------------------------------------------------------------------
+# Activations: values, and derivatives at x with the result y
+
+
+def _gelu_value(m: Maker, x: Expr) -> Expr:
+    return x * _normal_below(m, x)
+
+
+def _gelu_slope(m: Maker, x: Expr, y: Expr) -> Expr:
+    density = 0.3989422804014327 * m.apply("exp", -0.5 * x * x)  # 1 / sqrt(2 pi)
+    return _normal_below(m, x) + x * density
+
+
+def _normal_below(m: Maker, x: Expr) -> Expr:
+    """The share of a normal distribution that lies below x."""
+    return (0.5 * (1 + m.apply("erf", 0.7071067811865476 * x))).named("below")
+
+
+def _gelu_tanh_value(m: Maker, x: Expr) -> Expr:
+    return 0.5 * x * (1 + _gelu_tanh(m, x))
+
+
+def _gelu_tanh(m: Maker, x: Expr) -> Expr:
+    bend = 0.7978845608028654 * (x + 0.044715 * (x * x * x))  # sqrt(2 / pi)
+    return m.apply("tanh", bend).named("bend")
+
+
+def _gelu_tanh_slope(m: Maker, x: Expr, y: Expr) -> Expr:
+    t = _gelu_tanh(m, x)
+    inner = 0.7978845608028654 * (1 + 0.134145 * (x * x))
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * inner
+
+
+def _silu_value(m: Maker, x: Expr) -> Expr:
+    return x * m.apply("sigmoid", x).named("sigmoid")
+
+
+def _silu_slope(m: Maker, x: Expr, y: Expr) -> Expr:
+    s = m.apply("sigmoid", x)
+    return s * (1 + x * (1 - s))
+
+
+FORMULAS: dict[
+    str, tuple[Callable[[Maker, Expr], Expr], Callable[[Maker, Expr, Expr], Expr]]
+] = {
+    "gelu": (_gelu_value, _gelu_slope),
+    "gelu_tanh": (_gelu_tanh_value, _gelu_tanh_slope),
+    "relu": (lambda m, x: m.apply("relu", x), lambda m, x, y: m.apply("positive", y)),
+    "silu": (_silu_value, _silu_slope),
+    "tanh": (lambda m, x: m.apply("tanh", x), lambda m, x, y: 1 - y * y),
+    "sigmoid": (lambda m, x: m.apply("sigmoid", x), lambda m, x, y: y * (1 - y)),
+}
 
 
 def _activation(
     function: Callable[[Tensor], Tensor], text: str, operations: int, keeps_result: bool
 ) -> None:
+    value, slope = FORMULAS[function.__name__]
+
+    def gradient(node: fx.Node, m: Maker, x: Operands, y: Expr, g: Expr) -> Gradients:
+        return (g * slope(m, x[0], y),)
+
     def render(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
         return Printed(text.format(args[0]))
 
@@ -154,6 +239,7 @@ def _activation(
             flops=lambda node, shapes: float(operations * numel(shapes.result)),
             saved=lambda node, shapes: saved,
             render=render,
+            formula=Formula(value=lambda node, m, x: value(m, x[0]), gradient=gradient),
         )
     )
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from llmspec.compiler.ops.formula import Expr, Formula, Maker
 from llmspec.compiler.ops.registry import (
     Entry,
     Localised,
@@ -39,6 +40,53 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def layer_norm_no_bias(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x […, D], weight [D] -> […, D]."""
     return F.layer_norm(x, x.shape[-1:], weight, None, eps)
+
+
+# --------------------------------------------------------------------------------------------------
+# Inside a kernel: the row's statistics, then the norm and its gradient
+
+
+def _scale(m: Maker, x: Expr, eps: Expr) -> Expr:
+    return m.apply("rsqrt", m.row_mean(x * x) + eps).named("scale")
+
+
+def _centred(m: Maker, x: Expr) -> Expr:
+    return (x - m.row_mean(x).named("mean")).named("centred")
+
+
+def _unit(m: Maker, x: Expr, eps: Expr) -> Expr:
+    return (x * _scale(m, x, eps)).named("unit")
+
+
+def _rms_value(node: fx.Node, m: Maker, x: Sequence[Expr]) -> Expr:
+    return _unit(m, x[0], x[2]) * x[1]
+
+
+def _rms_gradient(
+    node: fx.Node, m: Maker, x: Sequence[Expr], y: Expr, g: Expr
+) -> Sequence[Expr | None]:
+    unit, inner = _unit(m, x[0], x[2]), (g * x[1]).named("inner")
+    along = m.row_mean(inner * unit).named("along")
+    return (inner - unit * along) * _scale(m, x[0], x[2]), g * unit
+
+
+def _layer_value(node: fx.Node, m: Maker, x: Sequence[Expr]) -> Expr:
+    scaled = _unit(m, _centred(m, x[0]), x[-1]) * x[1]
+    return scaled + x[2] if len(x) == 4 else scaled
+
+
+def _layer_gradient(
+    node: fx.Node, m: Maker, x: Sequence[Expr], y: Expr, g: Expr
+) -> Sequence[Expr | None]:
+    centred = _centred(m, x[0])
+    unit, inner = _unit(m, centred, x[-1]), (g * x[1]).named("inner")
+    level, along = m.row_mean(inner).named("level"), m.row_mean(inner * unit).named("along")
+    of_x = (inner - level - unit * along) * _scale(m, centred, x[-1])
+    return (of_x, g * unit, g) if len(x) == 4 else (of_x, g * unit)
+
+
+RMS = Formula(value=_rms_value, gradient=_rms_gradient)
+LAYER = Formula(value=_layer_value, gradient=_layer_gradient)
 
 
 def _rule(node: fx.Node) -> Rule:
@@ -83,6 +131,7 @@ def _register(function, operations: int, statistics: int) -> None:  # type: igno
             saved=saved,
             render=render,
             moved=moved,
+            formula=RMS if name == "rms_norm" else LAYER,
         )
     )
 

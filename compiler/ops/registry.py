@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import fx
 
+from llmspec.compiler.ops.formula import Formula
 from llmspec.compiler.placement import (
     PARTIAL,
     SHADOW,
@@ -238,6 +239,8 @@ class Entry:
     buffers: Callable[[fx.Node, Shapes, int], int] | None = None
     """Bytes that its backward has alive besides its result and the gradients of its operands, in a
     compute type of so many bytes; None: nothing."""
+    formula: Formula | None = None
+    """How it is computed inside a kernel, together with others; None: it stands alone."""
     late: bool = False
     """A product of its first operand and a weight, whose gradient a split backward may leave for
     later: `render` prints the runtime's `linear` where the node is marked so."""
@@ -296,7 +299,9 @@ def register(entry: Entry) -> Entry:
 
 
 def entry_of(node: fx.Node) -> Entry:
-    return REGISTRY[node.target]  # type: ignore[index]
+    """A kernel of several operators carries its own."""
+    own = getattr(node.target, "entry", None)
+    return own if isinstance(own, Entry) else REGISTRY[node.target]  # type: ignore[index]
 
 
 def tensor_operands(node: fx.Node) -> tuple[fx.Node, ...]:
