@@ -157,7 +157,7 @@ def lower_plan(session: Session, plan: Plan) -> Lowered:
 
 def emit_plan(session: Session, plan: Plan) -> dict[str, str]:
     """Every file of the emitted directory: relative path -> text."""
-    model = plan.predicted.get("model", {})
+    model, types = plan.predicted.get("model", {}), types_of(session.program.train)
     lowered = lower_plan(session, plan)
     return emit(
         session.program,
@@ -165,6 +165,7 @@ def emit_plan(session: Session, plan: Plan) -> dict[str, str]:
         flops_per_token=float(model.get("flops_per_token", 0.0)),
         times=move_times(session.program, plan),
         freed=recompute_words(session.program, lowered),
+        bytes_per_s=machine_of(session.program.cluster, types).memory_bytes_per_s,
     )
 
 

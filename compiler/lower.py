@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from llmspec.compiler.errors import InternalError
 from llmspec.compiler.graph import Instance, ModelGraph, Unit
+from llmspec.compiler.kernels.naming import name_kernels
 from llmspec.compiler.orders import Schedule
-from llmspec.compiler.passes.recompute import check_recompute
+from llmspec.compiler.passes.fuse import fuse_unit
+from llmspec.compiler.passes.recompute import check_recompute, lists_of
 from llmspec.compiler.passes.shard import shard_unit, whole_placement
 from llmspec.compiler.passes.split_backward import leave_weights_for_later
 from llmspec.compiler.plan import Plan, UnitPlacement
@@ -35,8 +37,8 @@ class Lowered:
 
 def lower(graph: ModelGraph, plan: Plan) -> Lowered:
     """Apply the passes in order: split tokens over context ranks and experts over expert ranks,
-    shard over the tensor axis, mark what a split backward leaves for later; stages and
-    recomputation are the plan's.
+    shard over the tensor axis, fuse operators into kernels, mark what a split backward leaves for
+    later; stages and recomputation are the plan's.
 
     Errors: InternalError when plan and graph do not belong together; Refused for operators to
     recompute that the model does not have.
@@ -51,6 +53,9 @@ def lower(graph: ModelGraph, plan: Plan) -> Lowered:
     }
     units = {name: shard_unit(unit, placements[name], ranks) for name, unit in graph.units.items()}
     check_recompute(units, graph.instances, plan.recompute)
+    if plan.kernels == "triton":
+        units = {n: fuse_unit(u, lists_of(plan.recompute.get(n, ()))) for n, u in units.items()}
+        name_kernels(units.values())
     if len(plan.stages) > 1 and Schedule(plan.schedule).splits:
         for unit in units.values():
             leave_weights_for_later(unit)

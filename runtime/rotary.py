@@ -30,7 +30,7 @@ def rotary(x_BTHE: Tensor, base: float, start: int = 0, context: Axis | None = N
 def rotary_tables(
     x_BTHE: Tensor, base: float, context: Axis | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(cosines, sines) [T, E] for a kernel: out = x cos + turned(x) sin, where (a, b) -> (-b, a)
+    """(cosines, sines) [T, 1, E] for a kernel: out = x cos + turned(x) sin, where (a, b) -> (-b, a)
     turns the halves of a head."""
     wide = torch.promote_types(x_BTHE.dtype, torch.float32)
     sizes = x_BTHE.device, wide, 0, x_BTHE.shape[1], x_BTHE.shape[3], float(base), context
@@ -42,7 +42,7 @@ def rotary_tables(
 def _whole_tables(*sizes: Any) -> tuple[Tensor, Tensor]:
     cos_T1E, sin_T1h = _tables.__wrapped__(*sizes)
     with torch.inference_mode(False), torch.no_grad():
-        return cos_T1E.squeeze(1).contiguous(), torch.cat((sin_T1h, sin_T1h), dim=-1).squeeze(1)
+        return cos_T1E.contiguous(), torch.cat((sin_T1h, sin_T1h), dim=-1)
 
 
 @lru_cache(maxsize=16)

@@ -138,7 +138,9 @@ def _rank(
     rank: int, folder: str, sizes: dict[str, int], seed: int, offload: tuple[str, ...] = ()
 ) -> Measured:
     sys.path.insert(0, folder)
-    for name in [m for m in sys.modules if m.split(".")[0] in ("runtime", "model", "train")]:
+    for name in [
+        m for m in sys.modules if m.split(".")[0] in ("runtime", "kernels", "model", "train")
+    ]:
         del sys.modules[name]
     train = importlib.import_module("train")
     mesh = importlib.import_module("runtime.mesh").Mesh.create("cpu", **sizes)

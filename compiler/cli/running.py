@@ -14,9 +14,9 @@ from llmspec.compiler import driver
 from llmspec.compiler.cli.console import DIAGNOSTICS, OK, fault, product, product_json, status
 from llmspec.compiler.cli.planning import no_plan, the_plan
 from llmspec.compiler.dryrun.run import Role, RoleFailed, dry_run
-from llmspec.compiler.emit.text import in_bytes
 from llmspec.compiler.plan import Plan
 from llmspec.compiler.search.search import Infeasible
+from llmspec.compiler.text import in_bytes
 from llmspec.compiler.verify.compare import Report
 from llmspec.compiler.verify.plan import verify_plan
 from llmspec.compiler.verify.run import ProcessFailed

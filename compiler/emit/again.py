@@ -7,13 +7,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from llmspec.compiler.emit.text import Text
 from llmspec.compiler.plan import EVERYTHING
+from llmspec.compiler.text import Text
 
 Operators = tuple[str, ...] | str
 
 OPERATORS = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div"}
-MODULES = ("F", "torch")
+MODULES = ("F", "kernels", "torch")
 """Roots of names that are functions; anything else before a dot is a tensor."""
 
 

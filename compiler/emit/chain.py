@@ -15,9 +15,9 @@ from llmspec.compiler.emit.classes import (
     member_text,
 )
 from llmspec.compiler.emit.header import away_comments
-from llmspec.compiler.emit.text import Text, plural, quoted
 from llmspec.compiler.graph import Instance, Unit
 from llmspec.compiler.lower import Lowered
+from llmspec.compiler.text import Text, plural, quoted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,13 +19,14 @@ from llmspec.compiler.emit.forward import (
     flat_section,
     unit_section,
 )
-from llmspec.compiler.emit.text import Text, quoted
 from llmspec.compiler.graph import Init, Parameter, Unit
+from llmspec.compiler.kernels.kernel import Kernel
 from llmspec.compiler.ops.collective import Move
 from llmspec.compiler.ops.context import context_dropout
 from llmspec.compiler.ops.dropout import dropout
 from llmspec.compiler.placement import Kind, State, parse_state
 from llmspec.compiler.reference import DROPOUTS_PER_INSTANCE
+from llmspec.compiler.text import Text, quoted
 from llmspec.dsl.program import Span
 
 Comment = Callable[[Move, fx.Node], tuple[str, ...]]
@@ -160,7 +161,13 @@ def used_axes(statements: list[str]) -> tuple[str, ...]:
 
 
 def has_dropout(nodes: tuple[fx.Node, ...] | list[fx.Node]) -> bool:
-    return any(n.op == "call_function" and n.target in (dropout, context_dropout) for n in nodes)
+    return any(n.op == "call_function" and _drops(n) for n in nodes)
+
+
+def _drops(node: fx.Node) -> bool:
+    if isinstance(node.target, Kernel):
+        return any(map(_drops, node.target.group.members))
+    return node.target in (dropout, context_dropout)
 
 
 def _section_nodes(section: Section) -> list[fx.Node]:

@@ -9,13 +9,13 @@ from math import prod
 from torch import fx
 
 from llmspec.compiler.cost.unit import sent_by, sent_width
-from llmspec.compiler.emit.text import in_bytes
 from llmspec.compiler.graph import without_gradient
 from llmspec.compiler.ops.collective import Move, sends
 from llmspec.compiler.ops.registry import Sends, shapes_of
 from llmspec.compiler.placement import Collective
 from llmspec.compiler.plan import MeshSizes
 from llmspec.compiler.precision import BYTES, Precision
+from llmspec.compiler.text import in_bytes
 
 VERBS = {
     Collective.ALL_REDUCE: "sum",

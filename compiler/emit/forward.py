@@ -14,6 +14,7 @@ from torch import fx
 
 from llmspec.compiler.emit.again import call_again
 from llmspec.compiler.graph import Unit
+from llmspec.compiler.kernels.kernel import pick
 from llmspec.compiler.ops import collective, elementwise, linear
 from llmspec.compiler.ops.collective import Move
 from llmspec.compiler.ops.registry import Localised, entry_of
@@ -305,7 +306,7 @@ class Printer:
     def statements(self) -> list[Statement]:
         items = list(self.section.items)
         self._inside = {i for i in items if isinstance(i, fx.Node) and self._inlined(i)}
-        written = [i for i in items if i not in self._inside]
+        written = [i for i in items if i not in self._inside and not is_pick(i)]
         last_read: dict[fx.Node, int] = {self.section.result: len(written)}
         for at, item in enumerate(written):
             for node in self._reads(item):
@@ -315,13 +316,24 @@ class Printer:
             self.free_at[self.names[node]] = last_read.get(node, -1)
         out: list[Statement] = []
         for at, item in enumerate(written):
-            node = item.result if isinstance(item, Child) else item
             text, comments = self._text(item)
-            name = self._name(node, at, item.scope[-1] if isinstance(item, Child) else None)
-            self.names[node] = name
-            self.free_at[name] = last_read.get(node, at)
-            out.append(Statement(name, text, comments))
+            names = []
+            for node in self._made(item):
+                name = self._name(node, at, item.scope[-1] if isinstance(item, Child) else None)
+                self.names[node] = name
+                self.free_at[name] = last_read.get(node, at)
+                names.append(name)
+            out.append(Statement(", ".join(names), text, comments))
+        if is_pick(self.section.result):
+            out.append(Statement("", self.names[self.section.result]))
         return out
+
+    def _made(self, item: fx.Node | Child) -> list[fx.Node]:
+        """The values that a statement gives names."""
+        if isinstance(item, Child):
+            return [item.result]
+        picks = sorted((u for u in item.users if is_pick(u)), key=lambda u: int(u.args[1]))  # type: ignore[arg-type]
+        return picks or [item]
 
     def _text(self, item: fx.Node | Child) -> tuple[str, tuple[str, ...]]:
         if isinstance(item, Child):
@@ -335,6 +347,11 @@ class Printer:
         """Of everything that the statement of `node` writes out."""
         inside = [a for a in node.all_input_nodes if a in self._inside]
         return (*(line for a in inside for line in self._sent(a)), *self.sent(node))
+
+
+def is_pick(item: fx.Node | Child) -> bool:
+    """Whether this is one of several results of a kernel."""
+    return isinstance(item, fx.Node) and item.target is pick
 
 
 _BINARY = (elementwise.add, elementwise.subtract, elementwise.multiply, elementwise.divide)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmspec.compiler.emit.text import in_bytes
 from llmspec.compiler.plan import Plan
+from llmspec.compiler.text import in_bytes
 
 _HOST_WORDS = {
     "activations": "activations",

@@ -9,8 +9,8 @@ import re
 import jinja2
 
 from llmspec.compiler.emit.header import Header
-from llmspec.compiler.emit.text import quoted
 from llmspec.compiler.plan import Plan
+from llmspec.compiler.text import quoted
 from llmspec.dsl.program import DeviceKind, Program
 
 

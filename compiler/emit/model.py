@@ -11,11 +11,11 @@ from llmspec.compiler.emit.classes import Style, print_block, print_plain
 from llmspec.compiler.emit.comments import Comments, Times
 from llmspec.compiler.emit.header import Header
 from llmspec.compiler.emit.legend import legend
-from llmspec.compiler.emit.text import Text, formatted, quoted
 from llmspec.compiler.lower import Lowered
 from llmspec.compiler.passes.recompute import by_instance, in_words
 from llmspec.compiler.plan import EVERYTHING
 from llmspec.compiler.precision import TORCH, WORDS, Precision
+from llmspec.compiler.text import Text, formatted, quoted
 
 Freed = Callable[[str, Operators], str]
 """What computing operators of a unit again saves and costs, in words."""
@@ -52,8 +52,11 @@ class ModelPrinter:
         """By unit, what each of its uses computes again."""
         chosen = by_instance(self.chain, self.plan.recompute)
         by_unit: dict[str, list[Operators]] = {}
+        there = {n: {c.name for c in u.calls()} for n, u in self.lowered.units.items()}
         for instance, operators in zip(self.chain, chosen, strict=True):
             if instance.prefix:
+                if not isinstance(operators, str):  # what is inside a kernel goes with it
+                    operators = tuple(o for o in operators if o in there[instance.unit])
                 by_unit.setdefault(instance.unit, []).append(operators)
         some = [n for n, own in by_unit.items() if any(own) and set(own) != {EVERYTHING}]
 
@@ -110,7 +113,10 @@ class ModelPrinter:
                 continue
             by_module.setdefault(module, set()).add(name)
         for module, names in sorted(by_module.items()):
-            text.line(f"from {module} import {', '.join(sorted(names))}")
+            if module:
+                text.line(f"from {module} import {', '.join(sorted(names))}")
+            else:  # modules beside this one
+                text.lines += [f"import {name}" for name in sorted(names)]
         text.blank()
         if self.style.cast or (self.style.cast_experts and self.plan.mesh.expert > 1):
             compute, stored = TORCH[self.precision.compute], WORDS[self.precision.stored]

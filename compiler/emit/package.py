@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+from llmspec.compiler.emit.kernels import kernel_files
 from llmspec.compiler.emit.launch import print_launchers
 from llmspec.compiler.emit.model import ModelPrinter
 from llmspec.compiler.emit.report import print_report
@@ -49,7 +50,13 @@ def runtime_files(sources: list[str]) -> dict[str, str]:
 
 
 def emit(
-    program: Program, lowered: Lowered, *, flops_per_token: float, times=None, freed=None
+    program: Program,
+    lowered: Lowered,
+    *,
+    flops_per_token: float,
+    times=None,
+    freed=None,
+    bytes_per_s: float | None = None,
 ) -> dict[str, str]:  # type: ignore[no-untyped-def]
     """Every file of the directory: relative path -> text. Same program and plan, same bytes."""
     train = program.train
@@ -69,7 +76,8 @@ def emit(
     }
     if lowered.plan.predicted:  # what nobody priced has no report
         files["report.html"] = print_report(program, lowered)
-    runtime = runtime_files([files["model.py"], files["train.py"]])
+    files |= kernel_files(lowered, precision_of(train), bytes_per_s)
+    runtime = runtime_files([text for name, text in files.items() if name.endswith(".py")])
     return files | {f"runtime/{name}": text for name, text in sorted(runtime.items())}
 
 
@@ -79,7 +87,8 @@ def write(files: dict[str, str], folder: Path) -> None:
     anything else there (checkpoints, logs) stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    stale = set((folder / "runtime").glob("*.py")) - {folder / f for f in files}
+    stale = {*(folder / "runtime").glob("*.py"), *folder.glob("*kernels.py")}
+    stale -= {folder / f for f in files}
     for path in stale:
         path.unlink()
     for name, text in files.items():

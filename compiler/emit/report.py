@@ -13,7 +13,6 @@ from torch import fx
 from llmspec.compiler.cost.hardware import machine_of
 from llmspec.compiler.cost.types import types_of
 from llmspec.compiler.emit.header import Header
-from llmspec.compiler.emit.text import in_bytes, plural, quoted
 from llmspec.compiler.emit.timeline import Forecast, computing, forecast, play
 from llmspec.compiler.graph import Unit
 from llmspec.compiler.lower import Lowered
@@ -22,6 +21,7 @@ from llmspec.compiler.ops.registry import entry_of
 from llmspec.compiler.placement import Collective
 from llmspec.compiler.plan import Plan
 from llmspec.compiler.schedules import COMPUTES
+from llmspec.compiler.text import in_bytes, plural, quoted
 from llmspec.dsl.program import Program
 
 WIDTH = 960

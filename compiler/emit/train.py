@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from llmspec.compiler.emit.actions import print_actions
 from llmspec.compiler.emit.header import Header
-from llmspec.compiler.emit.text import Text, formatted, in_bytes, quoted
 from llmspec.compiler.emit.train_file import TrainFile
 from llmspec.compiler.emit.train_main import print_main
 from llmspec.compiler.emit.trainer import print_trainer
 from llmspec.compiler.lower import Lowered
 from llmspec.compiler.precision import TORCH, WORDS
+from llmspec.compiler.text import Text, formatted, in_bytes, quoted
 from llmspec.dsl.program import Program
 
 

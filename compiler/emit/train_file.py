@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from llmspec.compiler.emit.text import Text
 from llmspec.compiler.errors import InternalError
 from llmspec.compiler.lower import Lowered
 from llmspec.compiler.ops import routing
 from llmspec.compiler.precision import precision_of
+from llmspec.compiler.text import Text
 from llmspec.dsl.program import DeviceKind, Option, Program
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from llmspec.compiler.emit.header import link_words
-from llmspec.compiler.emit.text import in_bytes
 from llmspec.compiler.emit.train_file import TrainFile, literal
 from llmspec.compiler.precision import TORCH
+from llmspec.compiler.text import in_bytes
 from llmspec.dsl.program import Call
 
 

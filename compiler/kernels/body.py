@@ -12,9 +12,10 @@ SUM, PRODUCT, ATOM = 1, 2, 3
 BINDS = {"add": SUM, "subtract": SUM, "multiply": PRODUCT, "divide": PRODUCT}
 
 
-RESERVED = tuple(
-    "at column columns ctx first grid inside kind other output raised row rows sign stream "
-    "threshold tile tl torch turned wide".split()
+RESERVED = (
+    *("at", "column", "columns", "ctx", "first", "grid", "inside", "kind", "other", "output"),
+    *("raised", "row", "rows", "sign", "stream", "threshold", "tile", "tl", "torch", "turned"),
+    "wide",
 )
 """Names that functions around the statements use."""
 
@@ -124,8 +125,10 @@ def plain(body: Body, e: Expr) -> Text | None:
             like = body.names[_LIKE]
             return Text(f"keep_scaled({like}, {samples}, {places}, stream, threshold, raised)")
         case "relu" | "positive" as op:
-            x = body.expression(e.args[0])
-            return Text(f"torch.relu({x.text})" if op == "relu" else f"({x.within(PRODUCT)} > 0)")
+            value = body.expression(e.args[0])
+            if op == "relu":
+                return Text(f"torch.relu({value.text})")
+            return Text(f"({value.within(PRODUCT)} > 0)")
         case "sigmoid" | "tanh" | "erf" | "exp" | "rsqrt" as function:
             return Text(f"torch.{function}({body.argument(e.args[0])})")
     return None

@@ -7,7 +7,6 @@ behind the cut is computed again inside the kernel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -41,6 +40,8 @@ class Place:
 
 def place_of(shape: Shape, whole: Shape) -> Place | None:
     """Of an operand that is broadcast to `whole`; None when no such row arithmetic says it."""
+    if tuple(shape) == tuple(whole):
+        return Place(numel(whole[:-1]), True, 0, len(whole) - 1, True)
     padded = (1,) * (len(whole) - len(shape)) + tuple(shape)
     if padded[-1] not in (1, whole[-1]) or len(shape) > len(whole):
         return None
@@ -50,7 +51,7 @@ def place_of(shape: Shape, whole: Shape) -> Place | None:
     if any(p not in (1, w) for w, p in zip(lead, there, strict=True)):
         return None
     if not along:
-        return Place(0, columns)
+        return Place(0, True) if columns else None
     first, stop = along[0], along[-1] + 1
     if any(there[i] != lead[i] for i in range(first, stop)):
         return None
@@ -262,8 +263,7 @@ class Group:
                 if a.op != "number":
                     graph.add_edge((id(a), 1), (id(e), 0), capacity=NEVER)
         for e in wanted:
-            if e.op != "number":
-                graph.add_edge((id(e), 1), "end", capacity=NEVER)
+            graph.add_edge((id(e), 1), "end", capacity=NEVER)
         _, (before, _) = nx.minimum_cut(graph, "start", "end")
         cut = [
             e
@@ -281,7 +281,7 @@ class Group:
         for made in self.gradients.values():
             if id(made) not in self.of_gradients:
                 found[id(made)] = made
-        return list(found.values())
+        return [e for e in found.values() if e.op != "number"]
 
     def _keeping(self, e: Expr) -> int:
         """Bytes, in a compute type of two: only which is more matters. Of equal ones what need not
@@ -365,7 +365,9 @@ class Group:
             value = "" if e.op == "leaf" else e.value
             lines.append(f"{e.op}({args}){value}{e.rows:d}{e.columns:d}")
         kept = ",".join(number[id(e)] for e in self.kept)
-        places = ";".join(f"{number[id(i.expr)]}{i.integer}{_pattern(i, self.whole)}" for i in self.inputs)
+        places = ";".join(
+            f"{number[id(i.expr)]}{i.integer}{_pattern(i, self.whole)}" for i in self.inputs
+        )
         ends = ",".join(number[id(e)] for e in roots)
         return "\n".join([*lines, kept, places, ends])
 
@@ -394,5 +396,3 @@ def _unused(label: str, names: set[str]) -> str:
         name, number = f"{label}_{number}", number + 1
     names.add(name)
     return name
-
-

@@ -27,7 +27,6 @@ class Kernel:
 
     group: Group
     entry: Entry
-    __name__: str = "kernel"
 
     @staticmethod
     def of(group: Group) -> Kernel:
@@ -38,8 +37,16 @@ class Kernel:
             flops=lambda node, shapes: sum(_flops(n) for n in group.members),
             saved=lambda node, shapes: _saved(group),
             render=lambda node, args, local: _render(group, args),
+            moved=lambda node, shapes, width, fused: (
+                float(group.forward_bytes(width)),
+                float(group.backward_bytes(width)),
+            ),
         )
-        return Kernel(group, entry, group.name)
+        return Kernel(group, entry)
+
+    @property
+    def __name__(self) -> str:
+        return self.group.name
 
     def __call__(self, *_: Any) -> NoReturn:
         _never()
@@ -93,9 +100,7 @@ def _render(group: Group, args: Sequence[str]) -> Printed:
     """The call: tensors in order, then what the extras are made of."""
     given = [i for i in group.inputs if i.node is not None]
     texts = list(args[: len(given)])
-    like = next(
-        t for t, i in zip(texts, given, strict=True) if i.size == group.rows * group.columns
-    )
+    like = next(t for t, i in zip(texts, given, strict=True) if i.place.full and i.place.columns)
     imports: list[tuple[str, str]] = [("", "kernels")]
     drawn = list(args[len(given) :])
     for node in group.members:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import fx
 
+from llmspec.compiler.graph import Unit
 from llmspec.compiler.kernels.group import Group
+from llmspec.compiler.kernels.kernel import Kernel
 from llmspec.compiler.ops import elementwise
 from llmspec.compiler.ops.registry import entry_of, shape_of
 
@@ -16,6 +20,29 @@ WORDS = {
     "context_dropout": "dropout",
     "context_rotary": "rotary",
 }
+
+
+def name_kernels(units: Iterable[Unit]) -> None:
+    """One name for groups that the same kernel computes; a number where names would be equal."""
+    known: dict[str, str] = {}
+    taken: set[str] = set()
+    for unit in units:
+        for node in unit.calls():
+            if not isinstance(node.target, Kernel):
+                continue
+            group = node.target.group
+            key = group.structure()
+            if key not in known:
+                known[key] = _unused(kernel_name(group), taken)
+            group.name = known[key]
+
+
+def _unused(word: str, taken: set[str]) -> str:
+    name, number = word, 2
+    while name in taken:
+        name, number = f"{word}_{number}", number + 1
+    taken.add(name)
+    return name
 
 
 def kernel_name(group: Group) -> str:

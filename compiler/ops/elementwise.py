@@ -207,9 +207,7 @@ def _silu_slope(m: Maker, x: Expr, y: Expr) -> Expr:
     return s * (1 + x * (1 - s))
 
 
-FORMULAS: dict[
-    str, tuple[Callable[[Maker, Expr], Expr], Callable[[Maker, Expr, Expr], Expr]]
-] = {
+FORMULAS: dict[str, tuple[Callable[[Maker, Expr], Expr], Callable[[Maker, Expr, Expr], Expr]]] = {
     "gelu": (_gelu_value, _gelu_slope),
     "gelu_tanh": (_gelu_tanh_value, _gelu_tanh_slope),
     "relu": (lambda m, x: m.apply("relu", x), lambda m, x, y: m.apply("positive", y)),

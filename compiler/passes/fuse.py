@@ -22,7 +22,6 @@ from torch import fx
 from llmspec.compiler.graph import Unit, has_rows
 from llmspec.compiler.kernels.group import Group, formula_of, place_of, root
 from llmspec.compiler.kernels.kernel import Kernel, pick
-from llmspec.compiler.kernels.naming import kernel_name
 from llmspec.compiler.kernels.tiles import fits
 from llmspec.compiler.ops import collective, elementwise, linear
 from llmspec.compiler.ops.registry import (
@@ -73,13 +72,13 @@ def entry_of_or_none(node: fx.Node):  # type: ignore[no-untyped-def]
     return None if collective.is_collective(node) else entry_of(node)
 
 
-def eager_bytes(node: fx.Node, width: int = NOMINAL) -> tuple[int, int]:
+def eager_bytes(node: fx.Node, width: int = NOMINAL) -> tuple[float, float]:
     """What an operator by itself moves, forward and backward."""
     if _in_product(node):  # its sum is part of the product; backward the gradient is summed
         return 0, width * numel(shape_of(node))
-    if formula_of(node).alone:
-        return _chain_bytes(node, width)
     entry, shapes = entry_of(node), shapes_of(node)
+    if entry.moved is not None:
+        return entry.moved(node, shapes, width, frozenset())
     read = sum(width * numel(s) for s in shapes.operands)
     result, extra = width * numel(shapes.result), entry.saved(node, shapes).extra_bytes
     kept = entry.saved(node, shapes)
@@ -92,19 +91,13 @@ def eager_bytes(node: fx.Node, width: int = NOMINAL) -> tuple[int, int]:
     return read + result + extra, result + back + gradients + extra
 
 
-def _chain_bytes(node: fx.Node, width: int) -> tuple[int, int]:
-    """Rotary positions: a product, two additions to halves and a rounding, each a kernel."""
-    size = numel(shape_of(node))
-    wide = max(width, 4)
-    passes = (width + wide) + 3 * wide // 2 + 3 * wide // 2 + (wide + width if wide > width else 0)
-    return passes * size, passes * size
-
-
 def _in_product(node: fx.Node) -> bool:
     """Whether PyTorch adds it as the bias of a product."""
-    if node.target is not elementwise.add or not isinstance(node.args[1], fx.Node):
+    if node.target is not elementwise.add:
         return False
     first, second = node.args
+    if not isinstance(second, fx.Node):
+        return False
     if not isinstance(first, fx.Node) or first.op != "call_function":
         return False
     plain = first.target is linear.linear and len(shape_of(first.args[1])) == 2  # type: ignore[arg-type]
@@ -137,14 +130,13 @@ class _Fuser:
             self.made[key] = Group(key, frozenset(kept))
         return self.made[key]
 
-    def moved(self, members: Collection[fx.Node]) -> int:
+    def moved(self, members: Collection[fx.Node]) -> float:
         """Forward and backward. An operator by itself stays as it is where a kernel of its own
         gains nothing."""
-        if len(members) == 1:
-            (node,) = members
-            alone = sum(eager_bytes(node))
-            return min(alone, self.kernel_bytes(members)) if formula_of(node).alone else alone
-        return self.kernel_bytes(members)
+        if len(members) > 1 or self._gains_alone(members):
+            return self.kernel_bytes(members)
+        (node,) = members
+        return sum(eager_bytes(node))
 
     def kernel_bytes(self, members: Collection[fx.Node]) -> int:
         group = self.group(members)
@@ -187,7 +179,7 @@ class _Fuser:
         group = self.group(nodes)
         if any(any(r) for r in runs) and len(group.outputs) > 1:
             return False
-        return group.distinct and fits(group)
+        return self._sound(group)
 
     def _whole_scopes(self, nodes: set[fx.Node]) -> bool:
         shared = common_scope(nodes)
@@ -222,16 +214,21 @@ class _Fuser:
         found = [self.group(p) for p in parts if len(p) > 1 or self._gains_alone(p)]
         return sorted(found, key=lambda g: self.order[g.members[-1]])
 
-    def _gains_alone(self, part: frozenset[fx.Node]) -> bool:
+    def _gains_alone(self, part: Collection[fx.Node]) -> bool:
+        """Where PyTorch has several kernels for one operator, or one that falls behind."""
         (node,) = part
-        if not formula_of(node).alone or not fits(self.group(part)):
+        if entry_of(node).moved is None or not self._sound(self.group(part)):
             return False
         return self.kernel_bytes(part) < sum(eager_bytes(node))
+
+    def _sound(self, group: Group) -> bool:
+        whole = any(i.place.full and i.place.columns for i in group.inputs)
+        return group.distinct and whole and fits(group)
 
     def _best(
         self, parts: list[frozenset[fx.Node]]
     ) -> tuple[frozenset[fx.Node], frozenset[fx.Node]] | None:
-        best, gain = None, 0
+        best, gain = None, 0.0
         for left, right in self._pairs(parts):
             both = left | right
             if not self.legal(both):
@@ -285,8 +282,6 @@ def fuse_unit(unit: Unit, again: Sequence[Again] = ()) -> Unit:
     groups = _Fuser(unit, again).run()
     if not groups:
         return unit
-    for group in groups:
-        group.name = kernel_name(group)
     return _rewrite(unit, groups)
 
 

@@ -67,6 +67,12 @@ def check_recompute(
                 raise _refused(message, did_you_mean(name, known))
 
 
+def lists_of(stretches: Sequence[Stretch]) -> tuple[tuple[str, ...], ...]:
+    """The lists of operators that uses of a unit compute again; all of it is no list."""
+    lists = (s.again for s in stretches if not isinstance(s.again, str))
+    return tuple(dict.fromkeys(names for names in lists if names))
+
+
 def in_words(unit: Unit, operators: Operators) -> list[str]:
     """For people: the operators of the language that compute again, `swiglu (gate, hidden)` where
     only values inside one do."""

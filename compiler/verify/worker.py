@@ -66,7 +66,9 @@ def _run(task: Task, rank: int, store: str) -> dict[str, Any]:
     # gathering whole gradients for the comparison is not the program's own traffic
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     sys.path.insert(0, task.folder)
-    for name in [m for m in sys.modules if m.split(".")[0] in ("runtime", "model", "train")]:
+    for name in [
+        m for m in sys.modules if m.split(".")[0] in ("runtime", "kernels", "model", "train")
+    ]:
         del sys.modules[name]
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, task.world), rank=rank, world_size=task.world

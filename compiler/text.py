@@ -43,7 +43,10 @@ def formatted(source: str, name: str) -> str:
     for verb in (["check", "--select", "I,F401", "--fix", "--exit-zero"], ["format"]):
         command = [_ruff(), *verb, "--isolated", "--quiet", "--line-length", "100"]
         if verb[0] == "check":
-            command += ["--config", 'lint.isort.known-local-folder = ["runtime", "model"]']
+            command += [
+                "--config",
+                'lint.isort.known-local-folder = ["runtime", "model", "kernels"]',
+            ]
         done = subprocess.run(
             [*command, "--stdin-filename", name, "-"], input=source, capture_output=True, text=True
         )

@@ -1,0 +1,48 @@
+"""kernels.py and test_kernels.py of a lowered program, where it has kernels."""
+
+from __future__ import annotations
+
+from llmspec.compiler.emit.classes import place
+from llmspec.compiler.emit.header import Header
+from llmspec.compiler.kernels.group import Group
+from llmspec.compiler.kernels.kernel import Kernel
+from llmspec.compiler.kernels.module import print_kernels
+from llmspec.compiler.lower import Lowered
+from llmspec.compiler.precision import BYTES, Precision
+from llmspec.compiler.text import quoted
+
+ABOUT = (
+    "",
+    "Operators that one kernel computes together. Each is here twice: in plain PyTorch, which CPUs",
+    "run and test_kernels.py compares with, and in Triton, which GPUs run. Backwards are derived",
+    "from the operators' derivatives. Numbers are float32 inside, or wider. Rows are all",
+    "dimensions but the last one: columns.",
+)
+
+
+def kernel_files(
+    lowered: Lowered, precision: Precision, bytes_per_s: float | None
+) -> dict[str, str]:
+    """Relative path -> text; nothing where the program has no kernels."""
+    found = kernels_of(lowered)
+    if not found:
+        return {}
+    header = [*Header(lowered.plan, quoted(lowered.plan.spec)).lines()[:2], *ABOUT]
+    width = BYTES[precision.compute]
+    text = print_kernels(found, header=header, width=width, bytes_per_s=bytes_per_s)
+    return {"kernels.py": text}
+
+
+def kernels_of(lowered: Lowered) -> dict[str, tuple[Group, list[str]]]:
+    """By name: the first group that it computes, and every place where it is used."""
+    found: dict[str, tuple[Group, list[str]]] = {}
+    for unit in lowered.units.values():
+        for node in unit.calls():
+            if isinstance(node.target, Kernel):
+                group = node.target.group
+                span = node.meta.get("span")
+                where = f"`{unit.name}`" + (f", {place(span)}" if span else "")
+                _, places = found.setdefault(group.name, (group, []))
+                if where not in places:
+                    places.append(where)
+    return found

@@ -1,0 +1,53 @@
+"""Every gradient of programs with fused kernels, which on CPUs run their plain functions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from llmspec.compiler import driver
+from llmspec.compiler.kernels.kernel import Kernel
+from llmspec.compiler.verify.plan import verify_plan
+from tests.compiler.verify.models import MODELS, planned, spec_text
+
+Case = tuple[int, int, str]
+
+CASES: list[Case] = [
+    (1, 8, "microbatch = 4"),
+    (4, 8, "tensor = 2; data = 2; zero = 3; microbatch = 2; sequence = on"),
+]
+MORE: list[Case] = [
+    (1, 8, "microbatch = 8; recompute = full"),
+    (1, 8, "microbatch = 8; recompute = selective"),
+    (2, 8, "data = 2; zero = 1; microbatch = 2"),
+    (2, 8, "tensor = 2; sequence = off; microbatch = 4"),
+    (2, 8, "context = 2; context_style = ring; microbatch = 4; zero = 0"),
+    (2, 8, "context = 2; context_style = ulysses; microbatch = 4; zero = 1"),
+    (4, 8, "pipeline = 2; tensor = 2; schedule = zero_bubble; microbatch = 2"),
+    (4, 8, "pipeline = 2; data = 2; zero = 1; schedule = 1f1b; microbatch = 1; recompute = full"),
+]
+
+
+def check(model: str, case: Case) -> None:
+    devices, batch, pins = case
+    session, plan = planned(spec_text(MODELS[model], devices, batch, pins))
+    plan = replace(plan, kernels="triton")
+    layer = driver.lower_plan(session, plan).units["layer"]
+    assert sum(isinstance(n.target, Kernel) for n in layer.calls()) >= 2
+    report, small = verify_plan(session, plan, largest=4)
+    assert small.kernels == "triton"
+    assert report.ok, [(d.what, d.error) for d in report.failures()[:8]]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c[2])
+def test_gradients(model: str, case: Case) -> None:
+    check(model, case)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("case", MORE, ids=lambda c: c[2])
+def test_more_gradients(model: str, case: Case) -> None:
+    check(model, case)
