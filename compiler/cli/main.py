@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from llmspec.compiler.cli import language, planning, running
+from llmspec.compiler.cli import language, planning, running, simulating
 from llmspec.compiler.cli.console import show_faults
 from llmspec.dsl import SpecError
 
@@ -70,6 +70,14 @@ def parser() -> argparse.ArgumentParser:
         "dryrun", running.dryrun, "execute the emitted program at full size, on fake tensors"
     )
     spec(dry, "the .llmspec file, or a saved plan")
+
+    simulate = verb(
+        "simulate", simulating.simulate, "play one step event by event, and write it as a trace"
+    )
+    spec(simulate, "the .llmspec file, or a saved plan")
+    simulate.add_argument(
+        "-o", "--out", metavar="FILE", help="the trace; default: build/NAME/trace.json by the spec"
+    )
 
     train = verb("train", running.train, "compile, and run torchrun on this machine")
     spec(train, "the .llmspec file, or a saved plan")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmspec.compiler.driver import Session, compile_plan
-from llmspec.compiler.emit.timeline import forecast
+from llmspec.compiler.forecast import forecast
 from llmspec.compiler.plan import Plan
 from llmspec.compiler.verify.run import mesh_sizes
 

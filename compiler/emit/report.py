@@ -11,9 +11,10 @@ import jinja2
 from torch import fx
 
 from llmspec.compiler.cost.hardware import machine_of
+from llmspec.compiler.cost.play import GATHER, PARTIAL, REDUCE, TIED, UPDATE
 from llmspec.compiler.cost.types import types_of
 from llmspec.compiler.emit.header import Header
-from llmspec.compiler.emit.timeline import Forecast, computing, forecast, play
+from llmspec.compiler.forecast import Forecast, forecast
 from llmspec.compiler.graph import Unit
 from llmspec.compiler.lower import Lowered
 from llmspec.compiler.ops.collective import Move, is_collective, sends
@@ -137,18 +138,20 @@ def time_row(parts: dict[str, float]) -> Row:
 # The timeline
 
 LANE = 26
+ONCE = (GATHER, REDUCE, TIED, PARTIAL, UPDATE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lane:
-    """One pipeline rank: outlines of its forwards and backwards as SVG paths, and numbers that
-    have room."""
+    """One pipeline rank: outlines of its forwards, its backwards and what it does once a step as
+    SVG paths, and numbers that have room."""
 
     name: str
     y: int
     forward: str
     backward: str
     late: str
+    once: str
     numbers: tuple[tuple[float, int], ...]
 
 
@@ -161,27 +164,25 @@ class Timeline:
 
 
 def timeline(plan: Plan, known: Forecast) -> Timeline:
-    lists = computing(plan)
-    events = play(lists, known)
-    end = max(e.stop_s for e in events)
+    end = max(e.stop_s for e in known.events)
     scale = WIDTH / end
     lanes = []
-    for rank in range(len(lists)):
-        own = [e for e in events if e.rank == rank]
+    for rank in range(plan.mesh.pipeline):
+        own = [e for e in known.events if e.rank == rank]
         y = rank * LANE
         paths = {
             kind: "".join(
-                f"M{rounded(e.start_s * scale)} {y}h{rounded((e.stop_s - e.start_s) * scale)}"
+                f"M{rounded(e.start_s * scale)} {y}h{rounded(e.spent_s * scale)}"
                 f"v{LANE - 4}H{rounded(e.start_s * scale)}z"
                 for e in own
                 if e.kind == kind
             )
-            for kind in COMPUTES
+            for kind in (*COMPUTES, *ONCE)
         }
         numbers = tuple(
             (rounded((e.start_s + e.stop_s) / 2 * scale), e.microbatch)
             for e in own
-            if (e.stop_s - e.start_s) * scale > 14
+            if e.kind in COMPUTES and e.microbatch is not None and e.spent_s * scale > 14
         )
         lanes.append(
             Lane(
@@ -190,10 +191,11 @@ def timeline(plan: Plan, known: Forecast) -> Timeline:
                 forward=paths["F"],
                 backward=paths["B"] + paths["I"],
                 late=paths["W"],
+                once="".join(paths[kind] for kind in ONCE),
                 numbers=numbers,
             )
         )
-    return Timeline(lanes=tuple(lanes), total_s=end, text=seconds(end), height=len(lists) * LANE)
+    return Timeline(lanes=tuple(lanes), total_s=end, text=seconds(end), height=len(lanes) * LANE)
 
 
 # --------------------------------------------------------------------------------------------------

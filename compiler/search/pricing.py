@@ -20,11 +20,11 @@ from llmspec.compiler.cost.network import (
 from llmspec.compiler.cost.offload import HostLedger, Offload, host_cost, ledgers
 from llmspec.compiler.cost.rank import Holder, fullest, holders, run_by_ranks
 from llmspec.compiler.cost.stage import Stage
-from llmspec.compiler.cost.step import Times, durations, played_s, step_times, tail
+from llmspec.compiler.cost.step import Step, Times, durations, stage_work, step_times, tail
 from llmspec.compiler.cost.types import Types
 from llmspec.compiler.placement import Collective
 from llmspec.compiler.plan import MeshSizes
-from llmspec.compiler.schedules import Schedule, actions, stages_of
+from llmspec.compiler.schedules import Schedule, actions, rank_of, stages_of
 from llmspec.compiler.search.candidates import Shape
 
 
@@ -158,22 +158,17 @@ class Pricing:
         play: bool,
     ) -> Times:
         """`play`: the schedule's own action lists instead of the closed form."""
+        if play and len(stages) > 1:
+            return self.step(shape, stages, zero, shards, schedule, offload).times()
         data = self.data_costs(shape, stages, zero, shards, offload)
         mesh = shape.grid.mesh(shards)
         parts = shape.grid.parts(zero, shards)
-        spent = [durations(s, d) for s, d in zip(stages, data, strict=True)]
-        late = [s.late_s for s in stages]
-        message = max((s.output_bytes for s in stages[:-1]), default=0)
-        sending = send_s(message, mesh, self.machine) if len(stages) > 1 else 0.0
         ranks, count = mesh.pipeline, shape.microbatches
-        # a message holds up the kernels of its stage by what cannot overlap
-        held = (1 - self.machine.send_overlap) * sending
-        spent = [(f + held, b + held) for f, b in spent]
-        if play and len(stages) > 1:
-            lists = self.action_lists(schedule, len(stages), ranks, count, zero)
-            span = played_s(lists, spent, sending, late)
-        else:
-            span = makespan_s(spent, count, sending, schedule=schedule, ranks=ranks, late_s=late)
+        late = [s.late_s for s in stages]
+        sending = self._message_s(stages, mesh)
+        held = self._held_s(sending)
+        spent = [(f + held, b + held) for f, b in map(durations, stages, data)]
+        span = makespan_s(spent, count, sending, schedule=schedule, ranks=ranks, late_s=late)
         shared = self.shared_weights(stages, mesh, parts.shared, schedule)
         own = self.by_ranks(shape, stages, schedule)
         own_data = self.rank_data_costs(shape, data, schedule)
@@ -184,8 +179,53 @@ class Pricing:
             tail(s, d, parts, where, shared[1], self.types, self.machine, offload)
             for s, d in zip(own, own_data, strict=True)
         ]
-        held *= len(stages) / ranks
-        return step_times(own, own_data, tails, count, span, held)
+        return step_times(own, own_data, tails, count, span, held * len(stages) / ranks)
+
+    def step(
+        self,
+        shape: Shape,
+        stages: list[Stage],
+        zero: int,
+        shards: int,
+        schedule: Schedule,
+        offload: Offload = (),
+    ) -> Step:
+        """Everything that a step's action lists are played with."""
+        data = self.data_costs(shape, stages, zero, shards, offload)
+        mesh, parts = shape.grid.mesh(shards), shape.grid.parts(zero, shards)
+        own = self.by_ranks(shape, stages, schedule)
+        own_data = self.rank_data_costs(shape, data, schedule)
+        ranks, count, where = mesh.pipeline, shape.microbatches, shape.option.where
+        _, tied_s = self.shared_weights(stages, mesh, parts.shared, schedule)
+        ends = {0, rank_of(schedule, len(stages) - 1, ranks)}
+        tied = [tied_s if rank in ends else 0.0 for rank in range(ranks)]
+        sending = self._message_s(stages, mesh)
+        held = self._held_s(sending)
+        return Step(
+            lists=self.action_lists(schedule, len(stages), ranks, count, zero),
+            works=tuple(
+                stage_work(s, d, held, splits=schedule.splits)
+                for s, d in zip(stages, data, strict=True)
+            ),
+            ranks=tuple(own),
+            data=tuple(own_data),
+            tails=tuple(
+                tail(s, d, parts, where, shared, self.types, self.machine, offload)
+                for s, d, shared in zip(own, own_data, tied, strict=True)
+            ),
+            microbatches=count,
+            send_s=sending,
+            tied_s=tied_s,
+            held_s=held,
+        )
+
+    def _message_s(self, stages: list[Stage], mesh: MeshSizes) -> float:
+        message = max((s.output_bytes for s in stages[:-1]), default=0)
+        return send_s(message, mesh, self.machine) if len(stages) > 1 else 0.0
+
+    def _held_s(self, sending_s: float) -> float:
+        """A message holds up the kernels of its stage by what cannot overlap."""
+        return (1 - self.machine.send_overlap) * sending_s
 
     def shared_weights(
         self, stages: list[Stage], mesh: MeshSizes, parts: int, schedule: Schedule

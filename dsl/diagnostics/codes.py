@@ -86,6 +86,7 @@ CODES = {
     "E0801": "a file cannot be read as a plan",
     "E0802": "a saved plan is stale",
     "E0803": "the spec of a saved plan is not found",
+    "E0804": "the action lists of a plan wait for each other",
 }
 
 

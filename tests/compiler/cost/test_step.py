@@ -6,7 +6,6 @@ from llmspec.compiler.cost.closed import makespan_s
 from llmspec.compiler.cost.compute import tile_efficiency
 from llmspec.compiler.cost.data import exposed_s
 from llmspec.compiler.cost.play import play_s
-from llmspec.compiler.cost.step import played_s
 from llmspec.compiler.schedules import Schedule, actions
 
 EVEN = [(1.0, 2.0)] * 4
@@ -16,7 +15,7 @@ EVEN = [(1.0, 2.0)] * 4
 @pytest.mark.parametrize("microbatches", [1, 2, 4, 9])
 def test_equal_stages_take_the_closed_form(schedule, microbatches):
     lists = actions(schedule, 4, 4, microbatches, 0)
-    bare, _ = played_s(lists, EVEN, 0.0)
+    bare = play_s(lists, *zip(*EVEN, strict=True), 0.0)
     assert bare == pytest.approx(makespan_s(EVEN, microbatches, 0.0)[0])
     assert bare == pytest.approx(3 * (microbatches + 3))
 

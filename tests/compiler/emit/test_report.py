@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from llmspec.compiler import driver
-from llmspec.compiler.cost.memory import Ledger
-from llmspec.compiler.cost.play import play_s
 from llmspec.compiler.emit.report import print_report
-from llmspec.compiler.emit.timeline import Forecast, StageForecast, computing, forecast, play
+from llmspec.compiler.forecast import forecast
 from llmspec.compiler.plan import EVERYTHING, Plan, Stretch
-from llmspec.compiler.schedules import Schedule, actions, parse_action
 from llmspec.compiler.search.search import Found
 from llmspec.dsl import load
 
@@ -104,15 +99,10 @@ def test_numbers_are_the_plans(tmp_path: Path, ranks: int, pins: str) -> None:
 
 @pytest.mark.parametrize(("ranks", "pins"), PLANS)
 def test_timeline_is_the_predicted_step(tmp_path: Path, ranks: int, pins: str) -> None:
-    """Busy time of the busiest rank, bubble and messages add up to the last event's end."""
     session, plan = planned(tmp_path, ranks, pins)
     known = forecast(session.program, plan, session.graph(plan.microbatch))
-    end = max(e.stop_s for e in play(computing(plan), known))
-    parts = plan.predicted["predicted"]["time_s"]
-    busiest = max(known.stages, key=lambda s: s.forward_s + s.backward_s)
-    busy = plan.microbatches * (busiest.forward_s + busiest.backward_s)
-    waited = parts["pipeline_bubble"] + parts["pipeline_transfer"]
-    assert end == pytest.approx(busy + waited, rel=1e-6)
+    end = max(e.stop_s for e in known.events)
+    assert end == pytest.approx(plan.predicted["predicted"]["step_time_s"], rel=1e-8)
 
 
 def test_an_edited_plan_is_priced_as_it_stands(tmp_path: Path) -> None:
@@ -149,37 +139,3 @@ def test_names_of_a_spec_are_escaped(tmp_path: Path) -> None:
     page = print_report(program, driver.lower_plan(session, found.plan))
     assert "<script" not in page
     assert "&lt;script&gt;" in page
-
-
-def random_forecast(draw: random.Random, stages: int) -> Forecast:
-    nothing = Ledger(parameters=0, gradients=0, optimizer=0, activations=0, buffers=0, fixed=0)
-    return Forecast(
-        stages=tuple(
-            StageForecast(
-                blocks=1, memory=nothing, forward_s=draw.random(), backward_s=draw.random()
-            )
-            for _ in range(stages)
-        ),
-        send_s=draw.random(),
-    )
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_events_end_when_the_search_says(seed: int) -> None:
-    """Played here for its events, there for its end: the same schedule, the same seconds."""
-    draw = random.Random(seed)
-    ranks, microbatches = draw.randint(2, 5), draw.randint(1, 7)
-    schedule = draw.choice([Schedule.GPIPE, Schedule.ONE_F_ONE_B])
-    lists = actions(schedule, ranks, ranks, microbatches, zero=draw.randint(0, 3))
-    known = random_forecast(draw, ranks)
-    rows = [[a for a in map(parse_action, lists[r]) if a.kind in "FB"] for r in sorted(lists)]
-    events = play(rows, known)
-    forward = [s.forward_s for s in known.stages]
-    backward = [s.backward_s for s in known.stages]
-    assert max(e.stop_s for e in events) == pytest.approx(
-        play_s(lists, forward, backward, known.send_s)
-    )
-    for rank in range(ranks):
-        own = [e for e in events if e.rank == rank]
-        assert all(a.stop_s <= b.start_s for a, b in pairwise(own))
-        assert len(own) == 2 * microbatches

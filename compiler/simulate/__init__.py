@@ -1,0 +1,1 @@
+"""One step of a plan, event by event: a trace to look at, and where the time goes."""
