@@ -3,7 +3,8 @@ is."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,15 +54,11 @@ class Simulated:
 
     def on_path(self) -> dict[str, float]:
         """Seconds of the critical path by part."""
-        spent: Counter[str] = Counter()
-        for event in self.path:
-            for part in self.slices.of(event):
-                spent[part.part] += part.spent_s
-        return dict(sorted(spent.items()))
+        return _by_part(self.path, self.slices)
 
     def ranks_on_path(self) -> dict[int, float]:
         """Seconds of the critical path by pipeline rank."""
-        spent: Counter[int] = Counter()
+        spent: defaultdict[int, float] = defaultdict(float)
         for event in self.path:
             spent[event.rank] += event.spent_s
         return dict(sorted(spent.items()))
@@ -83,14 +80,19 @@ def simulate(program: Program, plan: Plan, graph: ModelGraph) -> Simulated:
     )
 
 
+def _by_part(events: Iterable[Event], slices: Slices) -> dict[str, float]:
+    spent: defaultdict[str, float] = defaultdict(float)
+    for event in events:
+        for part in slices.of(event):
+            spent[part.part] += part.spent_s
+    return dict(sorted(spent.items()))
+
+
 def _rank(known: Priced, played: Played, slices: Slices, rank: int) -> RankTime:
-    spent: Counter[str] = Counter()
-    for event in played.events:
-        if event.rank == rank and event.stream in (COMPUTE, DATA):  # messages go by themselves
-            for part in slices.of(event):
-                spent[part.part] += part.spent_s
+    own = [e for e in played.events if e.rank == rank and e.stream in (COMPUTE, DATA)]
+    spent = _by_part(own, slices)  # messages go by themselves
     hidden = played.hidden_s(rank)
-    spent["data"] -= hidden
+    spent["data"] = spent.get("data", 0.0) - hidden
     parts = {name: seconds for name, seconds in sorted(spent.items()) if seconds > 0}
     across = known.plan.mesh.world_size // known.plan.mesh.pipeline
     return RankTime(
