@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError:  # CPUs run the plain functions
-    triton = tl = None
+triton: Any = None
+tl: Any = None
+if find_spec("triton") is not None:  # where it is not, CPUs run the plain functions
+    triton, tl = import_module("triton"), import_module("triton.language")
 
 ELEMENTS = 2048
 """Of a tile: 16 a thread of 4 warps, enough loads in flight to reach memory's rate."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llmspec.compiler.emit.classes import place
 from llmspec.compiler.emit.header import Header
+from llmspec.compiler.kernels.checks import print_checks
 from llmspec.compiler.kernels.group import Group
 from llmspec.compiler.kernels.kernel import Kernel
 from llmspec.compiler.kernels.module import print_kernels
@@ -20,6 +21,12 @@ ABOUT = (
 )
 
 
+CHECKS = (
+    "",
+    "Each Triton kernel against its plain function. Where there is a GPU: python test_kernels.py",
+)
+
+
 def kernel_files(
     lowered: Lowered, precision: Precision, bytes_per_s: float | None
 ) -> dict[str, str]:
@@ -30,7 +37,8 @@ def kernel_files(
     header = [*Header(lowered.plan, quoted(lowered.plan.spec)).lines()[:2], *ABOUT]
     width = BYTES[precision.compute]
     text = print_kernels(found, header=header, width=width, bytes_per_s=bytes_per_s)
-    return {"kernels.py": text}
+    checks = print_checks(found, header=[*header[:2], *CHECKS])
+    return {"kernels.py": text, "test_kernels.py": checks}
 
 
 def kernels_of(lowered: Lowered) -> dict[str, tuple[Group, list[str]]]:

@@ -64,7 +64,9 @@ def _place(lead: Shape, first: int, stop: int, columns: bool) -> Place:
 
 
 def extra_place(extra: Extra, whole: Shape) -> Place:
-    return _place(whole[:-1], *extra.per, extra.columns)
+    first, stop = extra.per
+    rows = numel(whole[first:stop])
+    return Place(rows, extra.columns, first, stop, rows == numel(whole[:-1]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
