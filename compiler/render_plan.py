@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from llmspec.compiler.plan import Plan
@@ -274,59 +273,3 @@ def infeasible_fault(found: Infeasible) -> Diagnostic:
         ),
         helps=tuple(way.text for way in found.ways_out),
     )
-
-
-# --------------------------------------------------------------------------------------------------
-# Between two plans
-
-
-def render_changes(old: Plan, new: Plan) -> str:
-    """One line a decision that differs, and a count."""
-    before, after = _decisions(old), _decisions(new)
-    lines = []
-    for key in sorted(before.keys() | after.keys()):
-        if key not in before:
-            lines.append(f"  + {key}  {after[key]}")
-        elif key not in after:
-            lines.append(f"  - {key}  {before[key]}")
-        elif before[key] != after[key]:
-            lines.append(f"  ~ {key}  {before[key]} -> {after[key]}")
-    signs = [line[2] for line in lines]
-    added, changed, dropped = (signs.count(sign) for sign in "+~-")
-    lines.append(f"Plan: {added} to add, {changed} to change, {dropped} to drop.")
-    return "\n".join(lines)
-
-
-def _decisions(plan: Plan) -> dict[str, str]:
-    """Flat: one line a decision, placements by unit and node."""
-    flat: dict[str, str] = {}
-    for key, value in plan.decisions().items():
-        if key == "actions":
-            flat[key] = f"{sum(len(row) for row in value)} actions on {len(value)} ranks"
-        elif key == "recompute":
-            flat |= {f"{key}.{name}": _stretches(own) for name, own in value.items()}
-        elif key == "mesh":
-            flat |= {f"{key}.{name}": str(inner) for name, inner in value.items()}
-        elif key == "placements":
-            flat |= _placed(value)
-        else:
-            flat[key] = str(value)
-    return flat
-
-
-def _stretches(own: Sequence[dict[str, Any]]) -> str:
-    return ", ".join(f"{s['blocks']} x {_again(s['again'])}" for s in own)
-
-
-def _again(operators: Sequence[str] | str) -> str:
-    if isinstance(operators, str):
-        return operators
-    return f"[{', '.join(operators)}]" if operators else "none"
-
-
-def _placed(placements: dict[str, Any]) -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for unit, placement in placements.items():
-        for kind in ("nodes", "parameters"):
-            flat |= {f"{unit}.{name}": state for name, state in placement[kind].items()}
-    return flat

@@ -57,6 +57,12 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--check", metavar="FILE", help="exit 3 if the plan differs from this one")
     plan.add_argument("--explicit", action="store_true", help="print the spec, defaults filled in")
 
+    diff = verb("diff", planning.diff, "what differs between two plans; exit 3 if anything does")
+    for name in ("before", "after"):
+        diff.add_argument(name, help="a saved plan, or a .llmspec file to search")
+    diff.add_argument("--train", metavar="NAME", help="which train block, if there are several")
+    diff.add_argument("--trust", action="store_true", help="let the file of a python(…) model run")
+
     compile_ = verb("compile", planning.compile_, "emit the training program")
     spec(compile_, "the .llmspec file, or a saved plan")
     compile_.add_argument("-o", "--out", metavar="FOLDER", help="default: build/NAME by the spec")

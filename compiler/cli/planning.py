@@ -16,12 +16,12 @@ from llmspec.compiler.cli.console import (
     show_faults,
     status,
 )
+from llmspec.compiler.differences import differences, render_changes, render_differences
 from llmspec.compiler.driver import Session
 from llmspec.compiler.plan import Plan, from_json, to_json
 from llmspec.compiler.render_plan import (
     face,
     infeasible_fault,
-    render_changes,
     render_found,
     render_plan,
 )
@@ -66,17 +66,42 @@ def name_replicated(session: Session, found: Plan) -> None:
 
 
 def compare(path: str, new: Plan) -> int:
-    try:
-        old = from_json(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise driver.Refused(
-            dsl.Diagnostic(code="E0801", message=f"`{path}` cannot be read as a plan: {error}")
-        ) from None
+    old = read_plan(path)
     if old.decisions() == new.decisions():
         status("Compared", f"{path}: no changes")
         return OK
     product(render_changes(old, new))
     return CHANGED
+
+
+def read_plan(path: str) -> Plan:
+    """As it stands: its spec is not asked for. Errors: Refused when it is no plan."""
+    try:
+        return from_json(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise driver.Refused(
+            dsl.Diagnostic(code="E0801", message=f"`{path}` cannot be read as a plan: {error}")
+        ) from None
+
+
+def diff(options: Namespace) -> int:
+    """Of two plans, each a saved one or what the search finds for a spec."""
+    both: list[Plan] = []
+    for path in (options.before, options.after):
+        if driver.is_plan_file(path):
+            both.append(read_plan(path))
+            continue
+        session = driver.open_session(path, train=options.train, trust=options.trust)
+        found = searched(session, path)
+        if isinstance(found, Infeasible):
+            return no_plan(found, as_data=options.json)
+        both.append(found.plan)
+    made = differences(*both)
+    if options.json:
+        product_json(made)
+    else:
+        product(render_differences(made))
+    return CHANGED if made["decisions"] or made["predicted"] else OK
 
 
 def the_plan(options: Namespace) -> tuple[Session, Plan] | Infeasible:

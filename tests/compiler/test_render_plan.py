@@ -4,11 +4,11 @@ from dataclasses import replace
 import pytest
 
 from llmspec.compiler.build.model import build_model
+from llmspec.compiler.differences import render_changes
 from llmspec.compiler.render_plan import (
     face,
     infeasible_fault,
     plan_block,
-    render_changes,
     render_found,
 )
 from llmspec.compiler.search import Found, search

@@ -156,6 +156,31 @@ def test_not_a_plan(llmspec, tmp_path: Path, text: str) -> None:
     assert ran.code == 1 and ran.err.startswith("error[E0801]: `plan.json` cannot be read")
 
 
+def test_diff(llmspec, tmp_path: Path) -> None:
+    llmspec("plan", "spec.llmspec", "--save", "plan.json")
+    same = llmspec("diff", "plan.json", "spec.llmspec")
+    assert same.code == 0 and "no changes" in same.out
+    # saved plans stand for themselves: their spec may be gone
+    (tmp_path / "other.llmspec").write_text(SPEC + "plan { microbatch = 1; data = 2 }\n")
+    other = llmspec("diff", "plan.json", "other.llmspec", "--json")
+    assert other.code == 3
+    changed = {one["key"]: one for one in other.data()["decisions"]}
+    assert changed["microbatch"]["after"] == "1"
+    assert llmspec("diff", "plan.json", "nowhere.json").code == 1
+
+
+def test_simulate(llmspec, tmp_path: Path) -> None:
+    llmspec("plan", "spec.llmspec", "--save", "plan.json")
+    ran = llmspec("simulate", "plan.json", "--json")
+    data = ran.data()
+    assert ran.code == 0 and (tmp_path / data["trace"]).name == "trace.json"
+    predicted = json.loads((tmp_path / "plan.json").read_text())["predicted"]["predicted"]
+    assert data["step_time_s"] == pytest.approx(predicted["step_time_s"], rel=1e-8)
+    trace = json.loads((tmp_path / data["trace"]).read_text())
+    assert trace["traceEvents"] and trace["otherData"]["plan"] == data["plan"]
+    assert llmspec("simulate", "plan.json", "-o", "nowhere/step.json").code == 2
+
+
 def test_verify(llmspec) -> None:
     ran = llmspec("verify", "spec.llmspec", "--json")
     assert ran.code == 0 and ran.data()["ok"] is True and ran.data()["compared"] > 20
