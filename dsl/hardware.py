@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llmspec.dsl import syntax
 from llmspec.dsl.diagnostics import SpecError, did_you_mean, fault, listing, shown
+from llmspec.dsl.measured import TABLES, factors
 from llmspec.dsl.program import Cluster, Device, DeviceKind, Span
 from llmspec.dsl.sources import LIBRARY, Scope, Sources
 from llmspec.dsl.units import Dimension, Measure
@@ -33,6 +34,10 @@ CONSTANTS = {
     **{name: name for name in EFFICIENCIES},
 }
 """Key in a device's section -> its name in `Device.constants`."""
+
+OPTIONAL = ("sustained", "host_link_efficiency")
+"""Constants with a default by the kind of device (compiler/cost/hardware.py)."""
+ALL_DEVICE_KEYS = (*DEVICE_KEYS, *CONSTANTS, *OPTIONAL, *TABLES)
 
 DEFAULTS: Mapping[str, float] = {
     "launch_s": 5e-6,
@@ -186,7 +191,7 @@ def equal_only(setting: syntax.Setting) -> syntax.Node:
 
 def device_of(section: syntax.Section) -> Device:
     kind = DeviceKind(section.kind)
-    keys = settings_of(section.body, (*DEVICE_KEYS, *CONSTANTS), f"`{section.kind}`")
+    keys = settings_of(section.body, ALL_DEVICE_KEYS, f"`{section.kind}`")
     nodes = {key: equal_only(setting) for key, setting in keys.items()}
     for needed in ("memory", "peak"):
         if needed not in nodes:
@@ -199,6 +204,7 @@ def device_of(section: syntax.Section) -> Device:
             raise fault("E0303", "`usable` is more than `memory`", nodes["usable"].span)
     constants = {**DEFAULTS, COUNT: 1.0 if kind is DeviceKind.CPU else GPU_MULTIPROCESSORS}
     constants.update({CONSTANTS[k]: constant(k, nodes[k]) for k in CONSTANTS if k in nodes})
+    constants.update({k: constant(k, nodes[k]) for k in OPTIONAL if k in nodes})
     if "network" in nodes:
         constants["network_bytes_per_s"] = rate_per_device(nodes["network"], "network", None)
     return Device(
@@ -214,6 +220,7 @@ def device_of(section: syntax.Section) -> Device:
         ),
         price_per_hour=price(nodes["price"], {"hour": 1}) if "price" in nodes else None,
         constants=constants,
+        **{key: factors(key, nodes[key]) for key in TABLES if key in nodes},
     )
 
 

@@ -209,6 +209,10 @@ class Device:
     price_per_hour: in `currency`-less units, None when unknown.
     constants: documented fixed costs and latencies by name (`launch_s`, `link_latency_s`,
         `network_latency_s`, `fixed_bytes`, `matmul_efficiency`, `memory_efficiency` …).
+    operators: by the compiler's name of an operator (and `update`, the optimizer's), what
+        `llmspec calibrate` measured: launches and share of the predicted rate, forward, and the
+        same backward.
+    collectives: by kind, rounds of the link's latency and share of its rate.
     """
 
     name: str
@@ -221,6 +225,8 @@ class Device:
     host_link_bytes_per_s: float | None
     price_per_hour: float | None
     constants: Mapping[str, float]
+    operators: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    collectives: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llmspec.dsl.format import WIDTH, format_text
-from llmspec.dsl.hardware import CONSTANTS, COUNT
+from llmspec.dsl.hardware import CONSTANTS, COUNT, OPTIONAL
 from llmspec.dsl.layout import Token, scan
+from llmspec.dsl.measured import TABLES
 from llmspec.dsl.options import OPERATORS, PLAN
 from llmspec.dsl.program import (
     AnyModel,
@@ -356,6 +357,12 @@ def device_text(device: Device) -> str:
         text = exact_bytes(int(value)) if key == "fixed" else f"{value!r}{unit}"
         text = str(int(value)) if key == COUNT else text
         lines.append(f"{key} = {text}")
+    lines += [f"{k} = {device.constants[k]!r}" for k in OPTIONAL if k in device.constants]
+    for key in TABLES:
+        table = getattr(device, key)
+        if table:
+            rows = (f"{name}: {list(numbers)!r}" for name, numbers in table.items())
+            lines.append(f"{key} = {{ {', '.join(rows)} }}")
     return f"{head} {{\n" + "\n".join(lines) + "\n}"
 
 

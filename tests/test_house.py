@@ -25,7 +25,7 @@ from llmspec.compiler.schedules import Schedule
 from llmspec.dsl import options
 from llmspec.dsl.diagnostics.codes import CODES
 from llmspec.dsl.goals import BUDGET_KEYS
-from llmspec.dsl.hardware import CLUSTER_KEYS, CONSTANTS, DEVICE_KEYS
+from llmspec.dsl.hardware import ALL_DEVICE_KEYS, CLUSTER_KEYS
 from llmspec.dsl.parse import DECLARATIONS
 from llmspec.dsl.program import Prefer
 
@@ -318,7 +318,7 @@ def rows_of(kind: str, table: object) -> Iterator[str]:
 
 def spec_keys() -> Iterator[str]:
     yield from (f"declaration {word}" for word in DECLARATIONS)
-    yield from (f"gpu {key}" for key in (*DEVICE_KEYS, *CONSTANTS))
+    yield from (f"gpu {key}" for key in ALL_DEVICE_KEYS)
     yield from (f"cluster {key}" for key in CLUSTER_KEYS)
     yield from (f"budget {key}" for key in BUDGET_KEYS)
     yield from (f"prefer {word}" for word in Prefer)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from llmspec.compiler.cli import language, planning, running, simulating
+from llmspec.compiler.cli import calibrating, language, planning, running, simulating
 from llmspec.compiler.cli.console import show_faults
 from llmspec.dsl import SpecError
 
@@ -88,6 +88,17 @@ def parser() -> argparse.ArgumentParser:
     train = verb("train", running.train, "compile, and run torchrun on this machine")
     spec(train, "the .llmspec file, or a saved plan")
     train.add_argument("-o", "--out", metavar="FOLDER", help="default: build/NAME by the spec")
+
+    calibrate = verb(
+        "calibrate", calibrating.calibrate, "measure this machine, and write it down as a cluster"
+    )
+    calibrate.add_argument(
+        "path", nargs="?", default="here.llmspec", help="the file to write; default: here.llmspec"
+    )
+    calibrate.add_argument("--force", action="store_true", help="overwrite it if it is there")
+    calibrate.add_argument(
+        "--processes", type=int, metavar="N", help="default: every GPU, or 2 on the CPU"
+    )
     return top
 
 

@@ -148,8 +148,8 @@ def operator_cost(node: fx.Node, shapes: Shapes, machine: Machine, width: int) -
     if not entry.contraction:
         vector = flops / machine.vector_flops
         return OperatorCost(
-            forward_s=max(vector, moved) + machine.launch_s,
-            backward_s=max(vector, back_moved) + machine.launch_s,
+            forward_s=machine.forward_s(entry.name, max(vector, moved)),
+            backward_s=machine.backward_s(entry.name, max(vector, back_moved)),
             flops=0.0,
             backward_flops=0.0,
             model_flops=0.0,
@@ -167,8 +167,8 @@ def operator_cost(node: fx.Node, shapes: Shapes, machine: Machine, width: int) -
         back = max(entry.backward_factor * product, back_moved)
     counted = entry.model_flops or entry.flops
     return OperatorCost(
-        forward_s=max(product, moved) + machine.launch_s,
-        backward_s=back + entry.backward_factor * machine.launch_s,
+        forward_s=machine.forward_s(entry.name, max(product, moved)),
+        backward_s=machine.backward_s(entry.name, back, entry.backward_factor),
         flops=flops,
         backward_flops=entry.backward_factor * flops,
         model_flops=counted(node, shapes),

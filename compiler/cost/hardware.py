@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from llmspec.compiler.cost.types import Types
+from llmspec.compiler.errors import Unsupported
+from llmspec.compiler.ops.registry import BY_NAME
+from llmspec.compiler.placement import Collective
 from llmspec.dsl.program import Cluster, Device, DeviceKind
 
 GPU_CONSTANTS = {
@@ -92,6 +96,9 @@ class Machine:
         a gather of parameters.
     fused: operators that are one kernel each. optimizer_bytes: moved a parameter, when not by one
         kernel.
+    operators: what calibration found, by an operator's name: launches and share of the rate
+        predicted here, forward, and the same backward. UPDATE is the optimizer's.
+    collectives: (kind, rounds of latency, share of the link's rate), inside a node.
     early_stop: a block that runs again stops at the last value that its backward keeps.
     peak_flops: the nominal one that utilisation is a share of.
     link, network: bytes/s one way inside a node and, per device, between nodes.
@@ -123,6 +130,19 @@ class Machine:
     fused: frozenset[str] = frozenset()
     optimizer_bytes: float | None = None
     early_stop: bool = True
+    operators: Mapping[str, tuple[float, ...]] = field(default_factory=dict, hash=False)
+    collectives: tuple[tuple[str, float, float], ...] = ()
+
+    def forward_s(self, name: str, bare_s: float, launches: float = 1.0) -> float:
+        """Of an operator that takes `bare_s` at this device's rates."""
+        return self._paced_s(self.operators.get(name, ())[:2], bare_s, launches)
+
+    def backward_s(self, name: str, bare_s: float, launches: float = 1.0) -> float:
+        return self._paced_s(self.operators.get(name, ())[2:], bare_s, launches)
+
+    def _paced_s(self, found: tuple[float, ...], bare_s: float, launches: float) -> float:
+        launches, share = found or (launches, 1.0)
+        return bare_s / share + launches * self.launch_s
 
 
 def machine_of(cluster: Cluster, types: Types) -> Machine:
@@ -163,7 +183,30 @@ def machine_of(cluster: Cluster, types: Types) -> Machine:
         ),
         optimizer_bytes=known.get(OPTIMIZER_BYTES),
         early_stop=known.get("early_stop", 1.0) > 0,
+        operators=_operators(cluster),
+        collectives=_collectives(cluster),
     )
+
+
+UPDATE = "update"
+"""The optimizer's step and the clipping before it, among a device's `operators`."""
+
+
+def _operators(cluster: Cluster) -> dict[str, tuple[float, ...]]:
+    """Errors: Unsupported for a name that the dialect does not have."""
+    for name, numbers in cluster.device.operators.items():
+        known = name == UPDATE or name in BY_NAME
+        if not known or len(numbers) != (2 if name == UPDATE else 4):
+            raise Unsupported(f"`{name}` among the `operators` of a device", cluster.span)
+    return dict(cluster.device.operators)
+
+
+def _collectives(cluster: Cluster) -> tuple[tuple[str, float, float], ...]:
+    kinds = {str(k) for k in Collective} - {str(Collective.NONE), str(Collective.SLICE)}
+    for name in cluster.device.collectives:
+        if name not in kinds:
+            raise Unsupported(f"`{name}` among the `collectives` of a device", cluster.span)
+    return tuple((k, r, share) for k, (r, share) in sorted(cluster.device.collectives.items()))
 
 
 def host_link_bytes_per_s(device: Device) -> float:

@@ -18,7 +18,8 @@ class Group:
     """The ranks of one axis as the wires see them: `inside` of them share a node.
 
     bandwidth: bytes/s one way that each rank gets; latency_s: of one whole round, by a ring or,
-    for sums, a tree; ring_s: of a ring.
+    for sums, a tree; ring_s: of a ring. paces: by kind of collective, how many rounds it takes and
+    the share of the bandwidth it reaches, where that was measured.
     """
 
     ranks: int
@@ -26,6 +27,10 @@ class Group:
     bandwidth: float
     latency_s: float
     ring_s: float = 0.0
+    paces: tuple[tuple[str, float, float], ...] = ()
+
+    def pace(self, kind: Collective) -> tuple[float, float]:
+        return next(((r, share) for k, r, share in self.paces if k == kind), (1.0, 1.0))
 
     @property
     def crosses_nodes(self) -> bool:
@@ -45,7 +50,8 @@ def _spread(ranks: int, inside: int, machine: Machine) -> Group:
     if inside == ranks:
         hops = ranks - 1
         latency = machine.link_latency_s * hops
-        return Group(ranks, inside, machine.link_bytes_per_s, latency, latency)
+        paces = machine.collectives
+        return Group(ranks, inside, machine.link_bytes_per_s, latency, latency, paces)
     bandwidth = min(machine.link_bytes_per_s, machine.network_bytes_per_s * inside)
     if inside == 1:
         bandwidth = machine.network_bytes_per_s
@@ -101,17 +107,19 @@ def collective_s(kind: Collective, size_bytes: float, where: Group) -> float:
     n = where.ranks
     if n == 1 or kind in (Collective.NONE, Collective.SLICE) or size_bytes == 0:
         return 0.0
-    share = (n - 1) / n * size_bytes / where.bandwidth
+    rounds, pace = where.pace(kind)
+    share = (n - 1) / n * size_bytes / where.bandwidth / pace
+    latency_s = rounds * where.latency_s
     match kind:
         case Collective.ALL_REDUCE:
-            return 2 * (share + where.latency_s)
+            return 2 * (share + latency_s)
         case Collective.ALL_TO_ALL:
-            return share / n + where.latency_s
+            return share / n + latency_s
         case Collective.SEND:
             # a message to the next rank of the ring
-            return size_bytes / where.bandwidth + where.latency_s / (n - 1)
+            return size_bytes / where.bandwidth / pace + latency_s / (n - 1)
         case _:
-            return share + where.ring_s
+            return share + rounds * where.ring_s
 
 
 def exposed_s(sent_s: float, computing_s: float, overlap: float) -> float:
@@ -123,4 +131,4 @@ def send_s(size_bytes: float, mesh: MeshSizes, machine: Machine) -> float:
     """Seconds of one message between neighbours on the pipeline axis."""
     if mesh.world_size // mesh.pipeline >= machine.devices_per_node:
         return size_bytes / machine.network_bytes_per_s + machine.network_latency_s
-    return size_bytes / machine.link_bytes_per_s + machine.link_latency_s
+    return collective_s(Collective.SEND, size_bytes, _spread(2, 2, machine))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from llmspec.compiler.cost.data import DataCost
-from llmspec.compiler.cost.hardware import Machine
+from llmspec.compiler.cost.hardware import UPDATE, Machine
 from llmspec.compiler.cost.network import Group, collective_s
 from llmspec.compiler.cost.offload import Offload, update_s
 from llmspec.compiler.cost.play import Ending, Played, StageWork, play
@@ -62,7 +62,7 @@ def optimizer_s(elements: int, types: Types, machine: Machine) -> float:
     written."""
     stored = 2 * types.gradients + 2 * types.weights + 2 * types.moments
     moved = elements * (machine.optimizer_bytes or stored + types.scratch)
-    return moved / machine.memory_bytes_per_s + 4 * machine.launch_s
+    return machine.forward_s(UPDATE, moved / machine.memory_bytes_per_s, launches=4)
 
 
 def tail(

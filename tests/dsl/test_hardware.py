@@ -107,3 +107,40 @@ def test_the_cpu_may_be_replaced():
     text = MODEL + TRAIN + "cluster pod { node = 2 * cpu }\n"
     assert program(text).cluster.device.memory_bytes == 12 * 2**30
     assert program(text + own).cluster.device.memory_bytes == 30 * 2**30
+
+
+CPU = "cpu \"mine\" {{ memory = 8 GiB at 10 GB/s; peak = {{ fp32: 100 GFLOP/s }}; {more} }}\n"
+
+
+def of_mine(more: str):
+    clusters = CPU.format(more=more) + 'cluster pod { node = 2 * cpu("mine") }\n'
+    return program(MODEL + clusters + TRAIN).cluster.device
+
+
+def test_tables_of_what_was_measured():
+    device = of_mine(
+        "operators = { silu: [1.5, 0.5, 2, 0.25], update: [40, 0.5] }; sustained = 0.9; "
+        "collectives = { all_gather: [2, 0.4] }; host_link_efficiency = 1.0"
+    )
+    assert device.operators == {"silu": (1.5, 0.5, 2.0, 0.25), "update": (40.0, 0.5)}
+    assert device.collectives == {"all_gather": (2.0, 0.4)}
+    assert device.constants["sustained"] == 0.9
+    assert of_mine("").operators == {} and "sustained" not in of_mine("").constants
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        ("operators = 3", "E0302", "`operators` gives numbers to names"),
+        ("operators = { silu: [1, 2, 3] }", "E0302", "has 2 or 4 numbers"),
+        ("collectives = { send: 1 }", "E0302", "`send` of `collectives` has 2 numbers"),
+        ("operators = { silu: [1, 0] }", "E0303", "numbers above 0"),
+        ("operators = { silu: [1, fast] }", "E0303", "numbers above 0"),
+        ("operators = { silu: [1, 1], silu: [1, 2] }", "E0217", "`silu` is given twice"),
+        ("sustained = 2", "E0303", "at most 1"),
+    ],
+)
+def test_faults_of_tables(more, code, words):
+    with pytest.raises(SpecError, match=words) as error:
+        of_mine(more)
+    assert error.value.diagnostics[0].code == code

@@ -1,0 +1,81 @@
+"""Seconds of a call on one device, whatever else the machine does in the meantime."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WARM_UP = 2
+LEAST, MOST = 5, 200
+"""Calls that are timed, at least and at most."""
+HIDDEN_S = 2e-3
+"""A GPU sleeps so long before the first call: the host has launched all of them by then, and what
+is measured is the device's time."""
+
+
+class Clock:
+    """seconds_each: for one measurement. wait: for the other processes."""
+
+    def __init__(self, device: torch.device, seconds_each: float, wait: Callable[[], Any]) -> None:
+        self.device, self.seconds_each, self.wait = device, seconds_each, wait
+        self._engine_s: float | None = None
+
+    def seconds(self, call: Callable[[], Any]) -> float:
+        """The lower quartile: other load only ever adds."""
+        for _ in range(WARM_UP):
+            call()
+        self.wait()
+        return lower_quartile(self._times(call))
+
+    def together_s(self, call: Callable[[], Any]) -> float:
+        """Of a call that all processes make: each makes it equally often."""
+        for _ in range(WARM_UP):
+            call()
+        once = self._once(call)
+        often = min(MOST, max(LEAST, int(self.seconds_each / max(once, 1e-7))))
+        agreed = torch.tensor(often, device=self.device)
+        torch.distributed.broadcast(agreed, 0)
+        return lower_quartile([self._once(call) for _ in range(int(agreed))])
+
+    def engine_s(self) -> float:
+        """What a call of autograd costs beside the operators that it runs."""
+        if self._engine_s is None:
+            x = torch.ones(1, device=self.device, requires_grad=True)
+            y, gradient = x.view(1, 1), torch.ones(1, 1, device=self.device)
+
+            def nothing() -> tuple[Tensor, ...]:
+                return torch.autograd.grad(y, (x,), gradient, retain_graph=True)
+
+            self._engine_s = lower_quartile(self._times(nothing))
+        return self._engine_s
+
+    def _times(self, call: Callable[[], Any]) -> list[float]:
+        found: list[float] = []
+        until = time.perf_counter() + self.seconds_each
+        while len(found) < LEAST or (time.perf_counter() < until and len(found) < MOST):
+            found.append(self._once(call))
+        return found
+
+    def _once(self, call: Callable[[], Any]) -> float:
+        if self.device.type == "cuda":
+            return self._on_gpu(call)
+        start_s = time.perf_counter()
+        call()
+        return time.perf_counter() - start_s
+
+    def _on_gpu(self, call: Callable[[], Any]) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(int(HIDDEN_S * 1.5e9))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+def lower_quartile(times: list[float]) -> float:
+    return sorted(times)[len(times) // 4]
