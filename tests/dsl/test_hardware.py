@@ -109,7 +109,7 @@ def test_the_cpu_may_be_replaced():
     assert program(text + own).cluster.device.memory_bytes == 30 * 2**30
 
 
-CPU = "cpu \"mine\" {{ memory = 8 GiB at 10 GB/s; peak = {{ fp32: 100 GFLOP/s }}; {more} }}\n"
+CPU = 'cpu "mine" {{ memory = 8 GiB at 10 GB/s; peak = {{ fp32: 100 GFLOP/s }}; {more} }}\n'
 
 
 def of_mine(more: str):
