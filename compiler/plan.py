@@ -79,6 +79,7 @@ class Plan:
     stages: (first, stop) instances of the chain, in its order; see schedules.rank_of.
     context_style: how attention looks over context ranks; None where there is one.
     offload: what lives in host memory, sorted.
+    loss_rows: how many rows of logits there are at once; None: all, as a value of their own.
     recompute: unit name -> what its uses compute again, in the chain's order.
     actions: per pipeline rank, empty without a pipeline.
     ramp_actions: the same for the batch's smaller sizes, by their number of micro-batches.
@@ -100,6 +101,7 @@ class Plan:
     context_style: str | None = None
     offload: tuple[str, ...] = ()
     kernels: str = "eager"
+    loss_rows: int | None = None
     placements: dict[str, UnitPlacement] = field(default_factory=dict)
     actions: tuple[tuple[str, ...], ...] = ()
     ramp_actions: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .mesh import Axis
 
 IGNORED = -100  # a target that counts for nothing
-CHUNK_BYTES = 64 * 2**20  # of float32 temporaries at once: logits are the widest tensor of a step
+CHUNK_BYTES = 32 * 2**20  # of a float32 copy of logits: small enough for a GPU's cache, nearly
 
 
 def cross_entropy_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
@@ -61,31 +61,17 @@ def vocabulary_parallel_embedding(
 
 
 class _CrossEntropySum(torch.autograd.Function):
-    """Saves the logits as they came and two numbers a row; works through bounded chunks of rows."""
+    """Saves the logits as they came and one number a row; works through bounded chunks of rows."""
 
     @staticmethod
     def forward(
         ctx: Any, logits_BTv: Tensor, targets_BT: Tensor, first: int, axis: "Axis | None"
     ) -> Tensor:
         logits_Nv = logits_BTv.flatten(0, -2)
-        wide = torch.promote_types(logits_Nv.dtype, torch.float32)
-        target_N, counted_N, mine_N = _locate(targets_BT.flatten(), first, logits_Nv.shape[1])
-        chunks = _row_chunks(logits_Nv, wide)
-        top_N = _maximum(logits_Nv, wide)
-        if axis is not None:
-            dist.all_reduce(top_N, dist.ReduceOp.MAX, group=axis.group)
-        sums_2N = torch.zeros(2, len(top_N), dtype=wide, device=top_N.device)
-        for rows in chunks:
-            shifted = logits_Nv[rows].to(wide, copy=True).sub_(top_N[rows, None])
-            if shifted.shape[1] > 0:
-                at_target = shifted.gather(1, target_N[rows, None])[:, 0]
-                sums_2N[1, rows] = at_target.where(mine_N[rows], 0.0)
-            torch.sum(shifted.exp_(), dim=1, out=sums_2N[0, rows])
-        if axis is not None:
-            dist.all_reduce(sums_2N, group=axis.group)
-        log_sum_N = sums_2N[0].log()
-        loss = (log_sum_N - sums_2N[1]).where(counted_N, 0.0).sum()
-        ctx.save_for_backward(logits_BTv, target_N, counted_N, mine_N, log_sum_N.add_(top_N))
+        target_N, counted_N, mine_N = locate(targets_BT.flatten(), first, logits_Nv.shape[1])
+        log_sum_N, at_target_N = log_sums(logits_Nv, target_N, mine_N, axis)
+        loss = (log_sum_N - at_target_N).where(counted_N, 0.0).sum()
+        ctx.save_for_backward(logits_BTv, target_N, counted_N, mine_N, log_sum_N)
         return loss
 
     @staticmethod
@@ -95,30 +81,54 @@ class _CrossEntropySum(torch.autograd.Function):
         logits_Nv = logits_BTv.flatten(0, -2)
         grad_Nv = torch.empty_like(logits_Nv, memory_format=torch.contiguous_format)
         grad_N = grad.to(log_sum_N.dtype).where(counted_N, 0.0)
-        hit_N = -grad_N.where(mine_N, 0.0)
-        for rows in _row_chunks(logits_Nv, log_sum_N.dtype):
-            part = logits_Nv[rows].to(log_sum_N.dtype, copy=True).sub_(log_sum_N[rows, None])
-            part.exp_().mul_(grad_N[rows, None])
-            if part.shape[1] > 0:
-                part.scatter_add_(1, target_N[rows, None], hit_N[rows, None])
-            grad_Nv[rows] = part
+        for rows in row_chunks(logits_Nv):
+            share = (logits_Nv[rows] - log_sum_N[rows, None]).exp_()
+            torch.mul(share, grad_N[rows, None], out=grad_Nv[rows])
+        if grad_Nv.shape[1] > 0:
+            at_target = logits_Nv.gather(1, target_N[:, None])[:, 0] - log_sum_N
+            at_target = (at_target.exp_() - mine_N.to(at_target.dtype)) * grad_N
+            grad_Nv.scatter_(1, target_N[:, None], at_target[:, None].to(grad_Nv.dtype))
         return grad_Nv.view(logits_BTv.shape), None, None, None
 
 
-def _locate(targets_N: Tensor, first: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def log_sums(
+    logits_Nv: Tensor, target_N: Tensor, mine_N: Tensor, axis: "Axis | None"
+) -> tuple[Tensor, Tensor]:
+    """Of each row the logarithm of its summed exponentials, and the logit of its target: over the
+    vocabulary of all ranks, in float32 at least."""
+    wide = torch.promote_types(logits_Nv.dtype, torch.float32)
+    log_sum_N = torch.empty(len(logits_Nv), dtype=wide, device=logits_Nv.device)
+    if logits_Nv.shape[1] == 0:
+        log_sum_N.fill_(float("-inf"))
+        at_target_N = torch.zeros_like(log_sum_N)
+    else:
+        for rows in row_chunks(logits_Nv):
+            # one fused kernel; any of its results gives the sum away
+            torch.sub(
+                logits_Nv[rows, 0],
+                torch.log_softmax(logits_Nv[rows], dim=1, dtype=wide)[:, 0],
+                out=log_sum_N[rows],
+            )
+        at_target_N = logits_Nv.gather(1, target_N[:, None])[:, 0].to(wide).where(mine_N, 0.0)
+    if axis is not None:
+        top_N = log_sum_N.clone()
+        dist.all_reduce(top_N, dist.ReduceOp.MAX, group=axis.group)
+        sums_2N = torch.stack(((log_sum_N - top_N).exp_(), at_target_N))
+        dist.all_reduce(sums_2N, group=axis.group)
+        log_sum_N, at_target_N = sums_2N[0].log().add_(top_N), sums_2N[1]
+    return log_sum_N, at_target_N
+
+
+def locate(targets_N: Tensor, first: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """The column of each target here (0 where it is not), whether it counts, whether it is here."""
     counted_N = targets_N != IGNORED
     mine_N = (targets_N >= first) & (targets_N < first + width)
     return (targets_N - first).where(mine_N, 0), counted_N, mine_N
 
 
-def _maximum(logits_Nv: Tensor, wide: torch.dtype) -> Tensor:
-    if logits_Nv.shape[1] == 0:
-        return logits_Nv.new_full(logits_Nv.shape[:1], float("-inf"), dtype=wide)
-    return logits_Nv.amax(dim=1).to(wide)
-
-
-def _row_chunks(logits_Nv: Tensor, wide: torch.dtype) -> list[slice]:
+def row_chunks(logits_Nv: Tensor) -> list[slice]:
+    """Rows whose float32 copy takes CHUNK_BYTES."""
     count, width = logits_Nv.shape
+    wide = torch.promote_types(logits_Nv.dtype, torch.float32)
     step = max(1, CHUNK_BYTES // max(1, width * wide.itemsize))
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -13,6 +14,7 @@ from llmspec.compiler.graph import without_gradient
 from llmspec.compiler.ops.registry import (
     Choice,
     Entry,
+    Kernel,
     Saved,
     Shapes,
     Tiled,
@@ -115,8 +117,22 @@ def _bytes(entry: Entry, node: fx.Node, shapes: Shapes, width: int) -> tuple[int
 
 
 def in_bytes(saved: Saved, width: int) -> Saved:
-    extra = saved.extra_bytes + width * saved.extra_elements
+    extra = saved.extra_bytes + width * (saved.extra_elements + saved.weight_elements)
     return replace(saved, extra_bytes=extra, extra_elements=0)
+
+
+def kernels_s(kernels: Iterable[Kernel], machine: Machine) -> tuple[float, int]:
+    """Seconds at the device's rates, and how many are launched."""
+    total, launches = 0.0, 0
+    for kernel in kernels:
+        busy = kernel.moved / machine.memory_bytes_per_s
+        if kernel.depth:
+            made = Shapes((), (kernel.rows, kernel.columns))
+            flops = 2.0 * kernel.rows * kernel.columns * kernel.depth
+            busy = max(busy, product_s(flops, made, machine))
+        total += kernel.count * busy
+        launches += kernel.count
+    return total, launches
 
 
 def operator_cost(node: fx.Node, shapes: Shapes, machine: Machine, width: int) -> OperatorCost:
@@ -126,7 +142,7 @@ def operator_cost(node: fx.Node, shapes: Shapes, machine: Machine, width: int) -
     kept = entry.saved(node, shapes)
     saved = in_bytes(kept, width)
     read, result, gradients = _bytes(entry, node, shapes, width)
-    working = result + gradients + kept.extra_bytes
+    working = result + (0 if entry.makes_gradients else gradients) + kept.extra_bytes
     working += entry.buffers(node, shapes, width) if entry.buffers is not None else 0
     if entry.alias:
         return OperatorCost(
@@ -137,6 +153,18 @@ def operator_cost(node: fx.Node, shapes: Shapes, machine: Machine, width: int) -
             model_flops=0.0,
             saved=saved,
             working_bytes=0,
+        )
+    counted = entry.model_flops or entry.flops
+    if entry.kernels is not None:
+        forward, backward = entry.kernels(node, shapes, width)
+        return OperatorCost(
+            forward_s=machine.forward_s(entry.name, *kernels_s(forward, machine)),
+            backward_s=machine.backward_s(entry.name, *kernels_s(backward, machine)),
+            flops=flops,
+            backward_flops=entry.backward_factor * flops,
+            model_flops=counted(node, shapes),
+            saved=saved,
+            working_bytes=working,
         )
     moving, back_moving = (
         (read + result + saved.extra_bytes, result + saved.extra_bytes + gradients)
@@ -165,7 +193,6 @@ def operator_cost(node: fx.Node, shapes: Shapes, machine: Machine, width: int) -
     back = entry.backward_factor * max(product, moved)
     if entry.moved is not None:
         back = max(entry.backward_factor * product, back_moved)
-    counted = entry.model_flops or entry.flops
     return OperatorCost(
         forward_s=machine.forward_s(entry.name, max(product, moved)),
         backward_s=machine.backward_s(entry.name, back, entry.backward_factor),

@@ -156,7 +156,7 @@ def _peak(stage: Stage, casts: tuple[int, int], gradient_bytes: int) -> _Moment:
     for run in reversed(stage.runs):
         held, returning = run.kept_bytes(*casts), run.returning_bytes(*casts)
         for _ in range(run.count):
-            now = _Moment(alive + returning, made, run.cost.working_bytes)
+            now = _Moment(alive + returning, made, run.working_bytes(casts[0]))
             worst = max(worst, now, key=lambda m: m.total)
             alive -= held
             made += gradient_bytes * run.cost.elements

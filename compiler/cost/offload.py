@@ -176,7 +176,7 @@ def _uses(stage: Stage, cast: int, of_experts: int) -> Iterator[_Use]:
                 away=away,
                 again=again,
                 input_bytes=run.cost.input_bytes,
-                working=run.cost.working_bytes,
+                working=run.working_bytes(cast),
                 elements=run.cost.elements,
             )
 

@@ -58,6 +58,10 @@ class Run:
         casts = 0 if again.keeps_casts else self.cast_kept_bytes(cast_bytes, expert_cast_bytes)
         return again.working_bytes + casts
 
+    def working_bytes(self, cast_bytes: int) -> int:
+        """Alive besides while one use's worst operator runs."""
+        return self.cost.working_bytes + cast_bytes * self.cost.passing_elements
+
     def cast_kept_bytes(self, cast_bytes: int, expert_cast_bytes: int | None = None) -> int:
         """Of the weights as its operators cast them."""
         split = cast_bytes if expert_cast_bytes is None else expert_cast_bytes
@@ -200,6 +204,11 @@ class Stage:
     @cached_property
     def output_bytes(self) -> int:
         return self.runs[-1].cost.output_bytes if self.runs else 0
+
+    @cached_property
+    def fixed_kept_bytes(self) -> int:
+        """Of `kept_bytes`, what does not grow with the micro-batch."""
+        return sum(r.count * r.cost.fixed_saved_bytes for r in self.runs if not r.recompute)
 
     def kept_bytes(self, cast_bytes: int, expert_cast_bytes: int | None = None) -> int:
         """What autograd keeps of one micro-batch; `cast_bytes`: of each weight element that it

@@ -146,10 +146,12 @@ class UnitCost:
 
     tensor_*_s, context_*_s, expert_*_s: what it sends over these axes, less what computing hides.
     flops, backward_flops: executed.
-    saved_bytes: kept by autograd from forward to backward. away_bytes: of these, storages large
-        enough to go to host memory in the meantime. *_host_bytes: what that takes there.
+    saved_bytes: kept by autograd from forward to backward. fixed_saved_bytes: of these, what does
+        not grow with the micro-batch. away_bytes: storages large enough to go to host memory in
+        the meantime. *_host_bytes: what that takes there.
     input_bytes, output_bytes: of the value that flows, as it crosses the unit's boundary.
     working_bytes: alive besides while the unit's worst operator runs backward.
+    passing_elements: of parameters whose use casts them and keeps nothing of that, alive then too.
     elements: of its own parameters, here. shadow_elements: those whose gradient is a sum over
         ranks. cast_elements: of parameters that autograd keeps in the compute type when each use
         casts. expert_*: of these, what the expert ranks have split.
@@ -168,12 +170,14 @@ class UnitCost:
     backward_flops: float = 0.0
     model_flops: float = 0.0
     saved_bytes: int = 0
+    fixed_saved_bytes: int = 0
     away_bytes: int = 0
     away_host_bytes: int = 0
     input_host_bytes: int = 0
     input_bytes: int = 0
     output_bytes: int = 0
     working_bytes: int = 0
+    passing_elements: int = 0
     elements: int = 0
     shadow_elements: int = 0
     cast_elements: int = 0
@@ -347,6 +351,13 @@ def unit_cost(
     own = {p: e for p, e in elements.items() if unit.parameters[p].tied is None}
     shadow = {p: e for p, e in own.items() if layout.parameters[p] == SHADOW}
     cast = {p: elements[p] for p in tally.cast}
+    passing = {
+        str(operand.target)
+        for node in unit.calls()
+        if entry_of(node).makes_gradients
+        for operand in tensor_operands(node)
+        if operand.op == "get_attr"
+    }
     kept = [*tally.extras, *(tally.bytes_of(*key) for key in tally.kept)]
     away = [size for size in kept if size and size >= into // SMALLEST_SHARE]
     return UnitCost(
@@ -362,12 +373,14 @@ def unit_cost(
         backward_flops=sum(c.backward_flops for c in costs),
         model_flops=sum(c.model_flops for c in costs),
         saved_bytes=sum(kept),
+        fixed_saved_bytes=width * sum(c.saved.weight_elements for c in costs),
         away_bytes=sum(away),
         away_host_bytes=sum(host_bytes(size, machine) for size in away),
         input_host_bytes=host_bytes(into, machine),
         input_bytes=into,
         output_bytes=tally.bytes_of(unit.result(), layout.boundary_out),
         working_bytes=max((c.working_bytes for c in costs), default=0),
+        passing_elements=sum(elements[p] for p in passing - tally.cast),
         elements=sum(own.values()),
         shadow_elements=sum(shadow.values()),
         cast_elements=sum(cast.values()),

@@ -1,4 +1,5 @@
-"""What comments say of the data that a statement sends: what, over which axis, bytes, time."""
+"""What comments say of a statement: the data that it sends, over which axis, bytes, time; and what
+its operator has to say."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import fx
 from llmspec.compiler.cost.unit import sent_by, sent_width
 from llmspec.compiler.graph import without_gradient
 from llmspec.compiler.ops.collective import Move, sends
-from llmspec.compiler.ops.registry import Sends, shapes_of
+from llmspec.compiler.ops.registry import Sends, entry_of, shapes_of
 from llmspec.compiler.placement import Collective
 from llmspec.compiler.plan import MeshSizes
 from llmspec.compiler.precision import BYTES, Precision
@@ -55,8 +56,10 @@ class Comments:
         return (text,)
 
     def of_sender(self, node: fx.Node) -> tuple[str, ...]:
-        """Of an operator that sends by itself."""
-        lines = []
+        """Of an operator that sends by itself, or has something to be said of it."""
+        lines: list[str] = []
+        if node.op == "call_function" and (remark := entry_of(node).remark) is not None:
+            lines += remark(node, shapes_of(node), BYTES[self.precision.compute])
         for one in sent_by(node, shapes_of(node)):
             ranks = getattr(self.mesh, one.axis)
             elements = one.elements_forward or one.elements_backward

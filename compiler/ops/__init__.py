@@ -11,6 +11,7 @@ from llmspec.compiler.ops import (  # noqa: F401
     exchange,
     experts,
     linear,
+    linear_loss,
     loss,
     norm,
     opaque,

@@ -21,6 +21,10 @@ from llmspec.compiler.ops.registry import (
     shape_of,
 )
 
+FLOAT32 = 4
+COPY_BYTES = 32 * 2**20
+"""runtime/loss.py's CHUNK_BYTES."""
+
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """logits [B, T, V], targets [B, T] (-100: not a target) -> their summed loss, a scalar."""
@@ -51,18 +55,32 @@ def _render(node: fx.Node, args: Sequence[str], local: Localised) -> Printed:
 
 
 def _saved(node: fx.Node, shapes: Shapes) -> Saved:
-    """The logits (their logarithms of softmax in float32), and a few numbers a row."""
-    return Saved(operands=(0,), extra_bytes=6 * numel(shapes.operands[0][:-1]))
+    """The logits (of float32 ones the logarithms of their softmax), and a few numbers a row."""
+    return Saved(operands=(0,), extra_bytes=14 * numel(shapes.operands[0][:-1]))
+
+
+def copied_bytes(rows: int, vocabulary: int, width: int) -> int:
+    """That the softmax of some rows has at once: of short types a copy and the result in float32,
+    else the result."""
+    wide = max(width, FLOAT32)
+    one = max(wide * vocabulary, min(wide * rows * vocabulary, COPY_BYTES))
+    return one if width >= FLOAT32 else 2 * one
+
+
+def _buffers(node: fx.Node, shapes: Shapes, width: int) -> int:
+    """PyTorch's own, which takes float32 and wider types, makes a gradient of the logarithms."""
+    b, t, v = shapes.operands[0]
+    return width * b * t * v if width >= FLOAT32 else copied_bytes(b * t, v, width)
 
 
 def _moved(node: fx.Node, shapes: Shapes, width: int, fused: frozenset[str]) -> tuple[float, float]:
-    """Logits are copied to float32, shifted, exponentiated and summed, each by its kernel, and
-    again in the backward (runtime/loss.py). In float32 PyTorch's own kernels move 18 and 35 bytes
-    a logit (Liger-Kernel's benchmark data, A100)."""
+    """A log-softmax of a copy in float32; in the backward less the row's sum, exponential, times
+    the loss's gradient, each by its kernel (runtime/loss.py). In float32 PyTorch's own kernels move
+    18 and 35 bytes a logit (Liger-Kernel's benchmark data, A100)."""
     if "loss" in fused:
         forward, backward = width, 2 * width
     else:
-        forward, backward = (18, 35) if width == 4 else (28, 36)
+        forward, backward = (18, 35) if width >= FLOAT32 else (14, 20)
     logits = numel(shapes.operands[0])
     return float(forward * logits), float(backward * logits)
 
@@ -75,6 +93,7 @@ register(
         flops=lambda node, shapes: 5.0 * numel(shapes.operands[0]),
         saved=_saved,
         render=_render,
+        buffers=_buffers,
         moved=_moved,
     )
 )

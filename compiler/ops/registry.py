@@ -142,12 +142,28 @@ class Saved:
 
     operands, result: which values are kept as they are (a value kept twice counts once).
     extra_elements, extra_bytes: kept besides (statistics in float32, a mask in bytes).
+    weight_elements: of weights' sizes, kept besides: as many whatever the micro-batch.
     """
 
     operands: tuple[int, ...] = ()
     result: bool = False
     extra_bytes: int = 0
     extra_elements: int = 0
+    weight_elements: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """One of the things that an operator runs, `count` times.
+
+    moved: bytes read and written. rows, columns, depth: of a matrix product; 0: it is none.
+    """
+
+    moved: int
+    rows: int = 0
+    columns: int = 0
+    depth: int = 0
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,6 +257,15 @@ class Entry:
     compute type of so many bytes; None: nothing."""
     formula: Formula | None = None
     """How it is computed inside a kernel, together with others; None: it stands alone."""
+    kernels: Callable[[fx.Node, Shapes, int], tuple[Sequence[Kernel], Sequence[Kernel]]] | None = (
+        None
+    )
+    """What forward and backward run in a compute type of so many bytes, where that is neither one
+    product nor one pass over operands and result."""
+    makes_gradients: bool = False
+    """Its forward makes the gradients of its operands, which is what it keeps."""
+    remark: Callable[[fx.Node, Shapes, int], tuple[str, ...]] | None = None
+    """Lines above the printed call, for a compute type of so many bytes; None: none."""
     late: bool = False
     """A product of its first operand and a weight, whose gradient a split backward may leave for
     later: `render` prints the runtime's `linear` where the node is marked so."""

@@ -144,7 +144,9 @@ class Bounds:
         for option in options:
             for recompute in self.ranges.recomputes:
                 fewest = self.repeats.fewest(option, 1, recompute)
-                kept = sketch.microbatch * self._least_kept(fewest)[1] / sketch.grid.context
+                fixed = fewest.fixed_kept_bytes
+                growing = (self._least_kept(fewest)[1] - fixed) / sketch.grid.context
+                kept = sketch.microbatch * growing + fixed
                 bounds.append(self._outline_bytes(sketch, fewest, kept))
         return min(bounds, default=0.0)
 

@@ -100,14 +100,14 @@ class Chain:
         """The view whose placements serve this one: without context ranks, and of the numbers of
         expert ranks that use the same wires the smallest."""
         if view.expert == 1:
-            return WHOLE_VIEW
+            return replace(view, context=1, style=None)
 
         def crosses(context: int, expert: int) -> bool:
             return inner_groups(ranks, context, expert, self.machine)["expert"].crosses_nodes
 
         wires = crosses(view.context, view.expert)
         counts = [n for n in divisors(view.expert) if n > 1 and crosses(1, n) == wires]
-        return View(expert=counts[0]) if counts else replace(view, context=1, style=None)
+        return replace(view, context=1, style=None, expert=counts[0] if counts else view.expert)
 
     # -- costs
 

@@ -302,8 +302,8 @@ def _limits(
     alone = [0 if name else run.count * run.kept_bytes(*casts) for name, run in runs]
     first = next(i for i, (name, _) in enumerate(runs) if name)
     before = sum(alone[:first])
-    working = min(run.cost.working_bytes for _, run in runs)
-    kept = spare - home.in_flight * sum(alone) - runs[-1][1].cost.working_bytes
+    working = min(run.working_bytes(casts[0]) for _, run in runs)
+    kept = spare - home.in_flight * sum(alone) - runs[-1][1].working_bytes(casts[0])
     return kept, spare - (home.in_flight - 1) * sum(alone) - before - working
 
 

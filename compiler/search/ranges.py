@@ -4,17 +4,21 @@ forbid."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd
 
+from llmspec.compiler.ops.linear_loss import rows_at_once
+from llmspec.compiler.ops.registry import shape_of
 from llmspec.compiler.passes.context import possible_styles
 from llmspec.compiler.passes.experts import expert_divisor
+from llmspec.compiler.passes.loss import joined_weight
 from llmspec.compiler.schedules import Schedule
 from llmspec.compiler.search.candidates import SIMPLER
 from llmspec.compiler.search.chain import Chain
 from llmspec.compiler.search.meshes import Grid, divisors, grids, shardings
 from llmspec.compiler.search.pins import Pins, Recompute
+from llmspec.compiler.views import View
 from llmspec.dsl.program import Program
 
 FEWEST_TOKENS = 8192
@@ -61,6 +65,25 @@ class Ranges:
     def context_styles(self, context: int) -> list[str]:
         styles = possible_styles(self.chain.graph(1), context)
         return [style for style in styles if self.pins.allows("context_style", style)]
+
+    def loss_rows(self, tensor: int) -> int | None:
+        """Of logits that are there at once where they can be joined with the loss: that takes no
+        longer than all of them."""
+        weight = joined_weight(self.chain.graph(1))
+        if weight is None:
+            return None
+        vocabulary = shape_of(weight)[0]
+        return rows_at_once(-(-vocabulary // tensor), self.chain.types.compute)
+
+    def with_logits(self, view: View, grid: Grid, microbatch: int) -> list[View]:
+        """With logits joined, and as a value of their own where that may keep less: a micro-batch
+        has fewer tokens than the model is wide, so that they are smaller than the gradient of their
+        weight, and several micro-batches wait for their backward."""
+        weight = joined_weight(self.chain.graph(1))
+        tokens = microbatch * self.chain.graph(1).tokens // grid.context
+        if weight is None or grid.pipeline == 1 or tokens >= shape_of(weight)[1]:
+            return [view]
+        return [view, replace(view, loss_rows=None)]
 
     @cached_property
     def sequences(self) -> tuple[bool, ...]:

@@ -196,6 +196,7 @@ def plan_of(space: Space, winner: Candidate, considered: int, fit: int) -> Plan:
         schedule=str(winner.schedule),
         context_style=shape.option.view.style,
         offload=winner.offload,
+        loss_rows=shape.option.view.loss_rows,
         stages=shape.cut,
         recompute=stretches(space.graph(1).instances, winner.recompute),
         placements=shape.option.placements,

@@ -108,17 +108,19 @@ class Space:
             self._sketch(Sketch(grid=grid, view=view, microbatch=size, microbatches=count))
             for grid in self.ranges.grids()
             for size, count in self.ranges.microbatches(grid)
-            for view in self.views(grid)
+            for shared in self.views(grid)
+            for view in self.ranges.with_logits(shared, grid, size)
         ]
 
     def views(self, grid: Grid) -> list[View]:
         """Styles that are slower than another and keep no less are left out."""
+        plain = View(expert=grid.expert, loss_rows=self.ranges.loss_rows(grid.tensor))
         if grid.context == 1:
-            return [View(expert=grid.expert)]
+            return [plain]
         key = (grid.tensor, grid.context, grid.expert)
         if key not in self.styles:
             found = [
-                View(context=grid.context, style=style, expert=grid.expert)
+                replace(plain, context=grid.context, style=style)
                 for style in self.ranges.context_styles(grid.context)
             ]
             self.styles[key] = found if len(found) < 2 else self._worth_having(grid.tensor, found)
@@ -141,7 +143,7 @@ class Space:
     def _sketch(self, sketch: Sketch) -> Sketch:
         """Without context ranks there is no bound of seconds: fewer experts on a rank are less
         work."""
-        whole = replace(sketch, view=View(expert=sketch.grid.expert))
+        whole = replace(sketch, view=replace(sketch.view, context=1, style=None))
         options = self.tensor_options(sketch.grid.tensor, 1, whole.view)
         least_bytes = self.bounds.sketch_bytes(whole, options)
         if least_bytes > self.budget_bytes or sketch.view.context == 1:

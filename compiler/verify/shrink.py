@@ -33,6 +33,8 @@ from llmspec.dsl.program import (
 
 TOKENS = 16
 HEAD_SIZE = 8
+LOSS_ROWS = 6
+"""Several chunks of a micro-batch, the last one smaller."""
 WIDTHS = ("width", "out", "ffn")
 
 
@@ -74,6 +76,7 @@ def shrink(program: Program, plan: Plan, largest: int = 2) -> tuple[Program, Pla
         microbatches=microbatches,
         stages=small_stages(plan.stages, stages, blocks),
         recompute=recompute,
+        loss_rows=None if plan.loss_rows is None else LOSS_ROWS,
         actions=(),
         ramp_actions={},
         predicted={},

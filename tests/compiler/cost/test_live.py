@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from llmspec.compiler.ops import linear_loss
+from llmspec.compiler.search import ranges
 from tests.compiler.verify.models import planned
 from tests.live_bytes import measure
 
@@ -123,3 +125,58 @@ def test_the_peak_falls_by_what_is_predicted():
 )
 def test_the_peak_falls(model: str, pins: str, recompute: str):
     check_fall(model, pins, recompute)
+
+
+LARGE_VOCABULARY = """
+model m {{
+    vocab = 4096; context = 256; width = 64
+    block layer(x) {{
+        x = x + attention(rmsnorm(x), heads=4, causal)
+        x = x + swiglu(rmsnorm(x), ffn=128)
+    }}
+    tokens -> embed -> layer * 2 -> rmsnorm -> unembed{tied}
+}}
+"""
+
+
+def peaks(model: str, devices: int, pins: str) -> tuple[int, int]:
+    """Predicted and measured."""
+    session, plan = planned(spec_text(model, devices, pins))
+    parts = plan.predicted["predicted"]["memory_bytes"]
+    predicted = sum(size for part, size in parts.items() if part != "fixed")
+    return predicted, max(rank.peak for rank in measure(session, plan))
+
+
+def check_logits(tied: str, devices: int, pins: str, patch: pytest.MonkeyPatch) -> None:
+    """All logits against some at a time: the peak falls by what the ledger says."""
+    patch.setattr(linear_loss, "LOGITS_BYTES", 2**22)
+    patch.setattr(linear_loss, "FEWEST_ROWS", 128)
+    model = LARGE_VOCABULARY.format(tied=tied)
+    joined = peaks(model, devices, f"{pins}; recompute = none")
+    patch.setattr(ranges, "joined_weight", lambda graph: None)
+    whole = peaks(model, devices, f"{pins}; recompute = none")
+    assert joined[1] <= 1.05 * joined[0]
+    assert whole[1] - joined[1] == pytest.approx(whole[0] - joined[0], rel=0.05)
+    assert joined[1] < 0.6 * whole[1]
+
+
+def test_logits_are_not_all_there_at_once(monkeypatch: pytest.MonkeyPatch):
+    check_logits("", 1, "microbatch = 4", monkeypatch)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("tied", ["", "(tied)"])
+@pytest.mark.parametrize(
+    ("devices", "pins"),
+    [
+        (1, "microbatch = 8"),
+        (2, "data = 2; zero = 3; microbatch = 4"),
+        (2, "tensor = 2; sequence = on; microbatch = 8"),
+        (2, "tensor = 2; sequence = off; microbatch = 8"),
+        (2, "context = 2; context_style = ring; microbatch = 8; zero = 0"),
+        (2, "pipeline = 2; microbatch = 2; schedule = 1f1b"),
+        (2, "pipeline = 2; microbatch = 2; schedule = zero_bubble"),
+    ],
+)
+def test_logits_on_every_mesh(tied: str, devices: int, pins: str, monkeypatch: pytest.MonkeyPatch):
+    check_logits(tied, devices, pins, monkeypatch)

@@ -107,6 +107,7 @@ SAMPLES = (
     Sample("embedding", ("tokens", of(V, D))),
     Sample("positions", ("tokens", of(T + 2, D))),
     Sample("cross_entropy", (of(B, T, V), "targets")),
+    Sample("linear_cross_entropy", (WIDE, of(V, D), "targets", 3)),
     Sample("dropout", (WIDE, "samples", 0.5, 1)),
     Sample("attention", (QUERY, KEY, KEY, True, None, False)),
     Sample("attention", (QUERY, KEY, KEY, True, 2, True), " explicit"),

@@ -68,7 +68,7 @@ OFFLOADING = {
     "barely": (2 * GiB + 205 * MiB, ()),
     "pinned": (2 * GiB + 200 * MiB, (pin("offload", "optimizer"),)),
     "no recomputation": (2 * GiB + 230 * MiB, (pin("recompute", "none"),)),
-    "both": (2 * GiB + 110 * MiB, (pin("offload", ("activations", "optimizer")),)),
+    "both": (2 * GiB + 120 * MiB, (pin("offload", ("activations", "optimizer")),)),
     "roomy": (8 * GiB, ()),
 }
 

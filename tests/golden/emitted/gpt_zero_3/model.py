@@ -1,4 +1,4 @@
-"""Emitted by llmspec from gpt_zero_3.llmspec. Spec 7c3abfaae653, plan 4ab835.
+"""Emitted by llmspec from gpt_zero_3.llmspec. Spec 7c3abfaae653, plan 353889.
 Change the spec or the plan, then: llmspec compile gpt_zero_3.llmspec
 
 Mesh: shards 2 = 2 processes. ZeRO 3.
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from runtime.attention import attention
 from runtime.initialise import Constant, Normal
-from runtime.loss import cross_entropy_sum
+from runtime.linear_loss import linear_cross_entropy_sum
 from runtime.mesh import Mesh
 from runtime.norms import layer_norm
 from runtime.parameters import Group, local, parameter
@@ -145,8 +145,9 @@ class Last(nn.Module):
         normed_BTD = layer_norm(
             x_BTD, local(self.layernorm.weight), local(self.layernorm.bias), eps=1e-05
         )
-        logits_BTV = F.linear(normed_BTD, local(self.embed.table))
-        return cross_entropy_sum(logits_BTV, targets_BT)
+        # 196.3 MiB of logits;
+        # their gradients are made at once: 75.12 MiB wait for the backward
+        return linear_cross_entropy_sum(normed_BTD, local(self.embed.table), targets_BT, rows=1024)
 
 
 class Model(nn.Module):

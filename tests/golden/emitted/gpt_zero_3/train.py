@@ -1,4 +1,4 @@
-"""Emitted by llmspec from gpt_zero_3.llmspec. Spec 7c3abfaae653, plan 4ab835.
+"""Emitted by llmspec from gpt_zero_3.llmspec. Spec 7c3abfaae653, plan 353889.
 Change the spec or the plan, then: llmspec compile gpt_zero_3.llmspec
 
 Mesh: shards 2 = 2 processes. ZeRO 3.
@@ -32,8 +32,8 @@ FOLDER = Path(__file__).parent
 FLOPS_PER_TOKEN = 1.83032e08  # model, not hardware
 PEAK_FLOPS = 1e11  # of one device, fp32, dense
 # what plan.json predicts; the run ends with what was measured beside it
-STEP_S = 8.98058
-MEMORY_BYTES = 1458981376  # 1.36 GiB, of the fullest process
+STEP_S = 8.63252
+MEMORY_BYTES = 1285104132  # 1.2 GiB, of the fullest process
 
 
 class Trainer:

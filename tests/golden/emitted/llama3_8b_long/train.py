@@ -1,4 +1,4 @@
-"""Emitted by llmspec from llama3_8b_long.llmspec. Spec be1786578ad0, plan 725173.
+"""Emitted by llmspec from llama3_8b_long.llmspec. Spec be1786578ad0, plan 4c6bcd.
 Change the spec or the plan, then: llmspec compile llama3_8b_long.llmspec
 
 Mesh: shards 4 x context 8 = 32 processes. ZeRO 3.
@@ -32,8 +32,8 @@ FOLDER = Path(__file__).parent
 FLOPS_PER_TOKEN = 1.48107e11  # model, not hardware
 PEAK_FLOPS = 9.89e14  # of one device, bf16, dense
 # what plan.json predicts; the run ends with what was measured beside it
-STEP_S = 47.6179
-MEMORY_BYTES = 75522181120  # 70.3 GiB, of tensors, on the fullest GPU
+STEP_S = 47.362
+MEMORY_BYTES = 75300046850  # 70.1 GiB, of tensors, on the fullest GPU
 COMPUTE = torch.bfloat16  # weights are float32
 REDUCE = torch.float32  # gradients are summed in it
 

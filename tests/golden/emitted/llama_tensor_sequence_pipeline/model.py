@@ -1,4 +1,4 @@
-"""Emitted by llmspec from llama_tensor_sequence_pipeline.llmspec. Spec 7b55b9315bd5, plan ef2de6.
+"""Emitted by llmspec from llama_tensor_sequence_pipeline.llmspec. Spec 7b55b9315bd5, plan 1545f5.
 Change the spec or the plan, then: llmspec compile llama_tensor_sequence_pipeline.llmspec
 
 Mesh: pipeline 2 x tensor 4 = 8 processes. ZeRO 0.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from runtime.attention import attention
 from runtime.collectives import all_gather, all_to_all, reduce_scatter
 from runtime.initialise import Constant, Normal
-from runtime.loss import vocabulary_parallel_cross_entropy_sum
+from runtime.linear_loss import vocabulary_parallel_linear_cross_entropy_sum
 from runtime.mesh import Mesh
 from runtime.norms import rms_norm
 from runtime.parameters import Group, local, parameter
@@ -124,8 +124,16 @@ class Last(nn.Module):
         normed_BtD = rms_norm(x_BtD, local(self.rmsnorm.weight, COMPUTE), eps=1e-05)
         # gather over tensor: 64 MiB, 0.168 ms predicted; backward: sum and scatter
         normed_BTD = all_gather(normed_BtD, 1, self.tensor)
-        logits_BTv = F.linear(normed_BTD, local(self.unembed.table, COMPUTE))
-        return vocabulary_parallel_cross_entropy_sum(logits_BTv, targets_BT, 128256, self.tensor)
+        # 501 MiB of logits, 250.5 MiB at a time;
+        # their gradients are made at once: 314.5 MiB wait for the backward
+        return vocabulary_parallel_linear_cross_entropy_sum(
+            normed_BTD,
+            local(self.unembed.table, COMPUTE),
+            targets_BT,
+            128256,
+            self.tensor,
+            rows=4096,
+        )
 
 
 class Model(nn.Module):

@@ -1,4 +1,4 @@
-"""Emitted by llmspec from llama_tensor_sequence_pipeline.llmspec. Spec 7b55b9315bd5, plan ef2de6.
+"""Emitted by llmspec from llama_tensor_sequence_pipeline.llmspec. Spec 7b55b9315bd5, plan 1545f5.
 Change the spec or the plan, then: llmspec compile llama_tensor_sequence_pipeline.llmspec
 
 Mesh: pipeline 2 x tensor 4 = 8 processes. ZeRO 0.
@@ -33,7 +33,7 @@ FOLDER = Path(__file__).parent
 FLOPS_PER_TOKEN = 1.44263e10  # model, not hardware
 PEAK_FLOPS = 9.89e14  # of one device, bf16, dense
 # what plan.json predicts; the run ends with what was measured beside it
-STEP_S = 0.360564
+STEP_S = 0.341312
 MEMORY_BYTES = 12475727872  # 11.6 GiB, of tensors, on the fullest GPU
 COMPUTE = torch.bfloat16  # weights are float32
 

@@ -1,4 +1,4 @@
-"""Emitted by llmspec from mixture_experts.llmspec. Spec 4b44ea6241b6, plan 05102f.
+"""Emitted by llmspec from mixture_experts.llmspec. Spec 4b44ea6241b6, plan 5508b9.
 Change the spec or the plan, then: llmspec compile mixture_experts.llmspec
 
 Mesh: shards 8 = 8 processes, experts over 4 data ranks. ZeRO 3.
@@ -33,8 +33,8 @@ FOLDER = Path(__file__).parent
 FLOPS_PER_TOKEN = 1.368e09  # model, not hardware
 PEAK_FLOPS = 9.89e14  # of one device, bf16, dense
 # what plan.json predicts; the run ends with what was measured beside it
-STEP_S = 0.0506515
-MEMORY_BYTES = 9588850688  # 8.93 GiB, of tensors, on the fullest GPU
+STEP_S = 0.0467234
+MEMORY_BYTES = 8852701186  # 8.24 GiB, of tensors, on the fullest GPU
 COMPUTE = torch.bfloat16  # weights are float32
 REDUCE = torch.float32  # gradients are summed in it
 

@@ -1,4 +1,4 @@
-"""Emitted by llmspec from quickstart.llmspec. Spec 5ca2650b624e, plan 0a0b49.
+"""Emitted by llmspec from quickstart.llmspec. Spec 5ca2650b624e, plan 0c4ddf.
 Change the spec or the plan, then: llmspec compile quickstart.llmspec
 
 Mesh: replicas 2 = 2 processes. ZeRO 0.
@@ -32,7 +32,7 @@ FOLDER = Path(__file__).parent
 FLOPS_PER_TOKEN = 1.09117e07  # model, not hardware
 PEAK_FLOPS = 1e11  # of one device, fp32, dense
 # what plan.json predicts; the run ends with what was measured beside it
-STEP_S = 0.52232
+STEP_S = 0.521368
 MEMORY_BYTES = 463629312  # 442 MiB, of the fullest process
 
 
