@@ -72,10 +72,6 @@ class Shape:
     cut: Cut
 
 
-WORTH_OFFLOADING = 1.05
-"""How many times slower a plan without offload may be than one with it, and still be chosen."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """One plan with its price. `times` is None when it does not fit."""
@@ -114,9 +110,8 @@ class Candidate:
         return float("inf") if self.times is None else self.times.total
 
     @property
-    def weighed_s(self) -> float:
-        """The step as plans are ranked by it: host memory has to be worth its while."""
-        return self.step_s * (WORTH_OFFLOADING if self.offload else 1.0)
+    def ranks(self) -> int:
+        return self.shape.grid.ranks
 
     @property
     def simplicity(self) -> tuple[object, ...]:
@@ -140,8 +135,3 @@ class Candidate:
             shape.option.leaning != "time",
             shape.cut,
         )
-
-    @property
-    def rank(self) -> tuple[object, ...]:
-        """The order of plans: the step's time to four digits, then simplicity."""
-        return (float(f"{self.weighed_s:.3e}"), *self.simplicity)

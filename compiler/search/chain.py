@@ -55,6 +55,21 @@ class Chain:
         return len(block_starts(self.graph(1)))
 
     @cached_property
+    def least_flops(self) -> float:
+        """Of the matrix products of one token, forward and backward, over all ranks together."""
+        # the registry fills as the dialect is imported
+        from llmspec.compiler.ops.registry import entry_of, shapes_of
+
+        graph, by_unit = self.graph(1), {}
+        for name, unit in graph.units.items():
+            products = [(n, e) for n in unit.calls() if (e := entry_of(n)).contraction]
+            by_unit[name] = sum(
+                min(kind(n, shapes_of(n)) for kind in (e.flops, e.model_flops) if kind)
+                for n, e in products
+            )
+        return 3 * sum(by_unit[i.unit] for i in graph.instances) / (graph.sequences * graph.tokens)
+
+    @cached_property
     def policies(self) -> Policies:
         return Policies(self.graph, self.sample, self.machine, self.types)
 

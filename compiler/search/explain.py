@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from llmspec.compiler.search.candidates import Candidate, Outline, Shape
+from llmspec.compiler.search.objective import Objective, Weight
 from llmspec.compiler.search.pins import Recompute
 from llmspec.compiler.search.space import Space
+from llmspec.dsl.program import Prefer
 
 GiB = 2**30
 
@@ -24,7 +26,7 @@ WORDS = {
     "offload": "offload",
 }
 
-SEEN = ("context", "context_style", "expert")
+SEEN = ("context", "context_style", "expert", "gpus")
 """Families that are spoken of when the search has met them, and that it does not look for."""
 
 PATIENCE = 24
@@ -50,6 +52,7 @@ def families_of(found: Candidate) -> tuple[Family, ...]:
 def shape_families(shape: Shape | Outline) -> tuple[Family, ...]:
     """The families that an outline has decided."""
     names: list[Family] = [
+        ("gpus", str(shape.grid.ranks)),
         ("tensor", str(shape.grid.tensor)),
         ("pipeline", str(shape.grid.pipeline)),
         ("context", str(shape.grid.context)),
@@ -89,47 +92,46 @@ def families_with(outline: Outline, zero: int, shards: int, space: Space) -> set
 
 @dataclass
 class Tally:
-    """The best member of each family as the search goes: the fastest that fits, and the
-    smallest."""
+    """The best member of each family as the search goes: the best that fits, and the smallest."""
 
-    fastest: dict[Family, Candidate] = field(default_factory=dict)
+    objective: Objective
+    best: dict[Family, Candidate] = field(default_factory=dict)
     smallest: dict[Family, Candidate] = field(default_factory=dict)
     too_large: Counter[Family] = field(default_factory=Counter)
     """How many members did not fit."""
 
     def add(self, found: Candidate) -> None:
-        best = self.fastest if found.times is not None else self.smallest
+        best = self.best if found.times is not None else self.smallest
         for family in families_of(found):
             self.too_large[family] += found.times is None
             known = best.get(family)
-            if known is None or _better(found, known):
+            if known is None or self._better(found, known):
                 best[family] = found
 
     def lowest(self, families: Iterable[Family], least_bytes: float) -> bool:
         """Whether no plan with a peak of at least `least_bytes` can be any family's smallest, where
         nothing of the family fits."""
         return all(
-            f in self.fastest or (f in self.smallest and self.smallest[f].peak_bytes < least_bytes)
+            f in self.best or (f in self.smallest and self.smallest[f].peak_bytes < least_bytes)
             for f in families
         )
 
-    def settled(self, families: set[Family], least_s: float) -> bool:
-        """Whether no plan with a step of at least `least_s` can be any family's fastest; a family
-        of which so many plans did not fit is not looked for further."""
+    def settled(self, families: set[Family], least: Weight) -> bool:
+        """Whether no plan with a weight of at least `least` can be any family's best; a family of
+        which so many plans did not fit is not looked for further."""
         for family in families:
-            best = self.fastest.get(family)
+            best = self.best.get(family)
             if best is None:
                 if self.too_large[family] < PATIENCE:
                     return False
-            elif best.weighed_s >= least_s:
+            elif self.objective.of(best) >= least:
                 return False
         return True
 
-
-def _better(new: Candidate, old: Candidate) -> bool:
-    if new.times is None:
-        return new.peak_bytes < old.peak_bytes
-    return new.rank < old.rank
+    def _better(self, new: Candidate, old: Candidate) -> bool:
+        if new.times is None:
+            return new.peak_bytes < old.peak_bytes
+        return self.objective.rank(new) < self.objective.rank(old)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,19 +151,19 @@ class Lost:
 
 
 def explain(
-    winner: Candidate, tally: Tally, played: Mapping[int, Candidate], budget_bytes: int
+    winner: Candidate, tally: Tally, played: Mapping[int, Candidate], space: Space
 ) -> tuple[Lost, ...]:
     """`played`: by id, candidates whose times come from their action lists."""
     own = set(families_of(winner))
     lost = []
-    for family in sorted({*tally.fastest, *tally.smallest}, key=_natural):
+    for family in sorted({*tally.best, *tally.smallest}, key=_natural):
         if family in own:
             continue
-        if family in tally.fastest:
-            best = tally.fastest[family]
-            lost.append(_slower(family, winner, played.get(id(best), best)))
+        if family in tally.best:
+            best = tally.best[family]
+            lost.append(_worse(family, winner, played.get(id(best), best), tally.objective))
         else:
-            lost.append(_too_large(family, winner, tally.smallest[family], budget_bytes))
+            lost.append(_too_large(family, winner, tally.smallest[family], space.budget_bytes))
     return tuple(lost)
 
 
@@ -170,25 +172,56 @@ def _natural(family: Family) -> tuple[str, int, str]:
     return name, int(value) if value.isdigit() else 0, value
 
 
-def _slower(family: Family, winner: Candidate, other: Candidate) -> Lost:
+def _worse(family: Family, winner: Candidate, other: Candidate, objective: Objective) -> Lost:
+    """By what is preferred, where they differ in that; else by their time."""
     assert winner.times is not None and other.times is not None, "both fit"
     share = other.step_s / winner.step_s - 1
-    before, after = winner.times.parts(), other.times.parts()
-    term = max(after, key=lambda part: after[part] - before[part])
-    gained = after[term] - before[term]
-    if share < 0 and other.offload:
+    term = grown(winner.times.parts(), other.times.parts())
+    text = _preferred(winner, other, objective)
+    if text is not None:
+        text += f", {_share(share)}"
+    elif share < 0 and other.offload:
         text = f"{-100 * share:.1f} % faster, too little to depend on host memory"
     elif share < 0.0005:
         text = "as fast, and less simple"
     else:
+        gained = other.times.parts()[term] - winner.times.parts()[term]
         text = f"{100 * share:.1f} % slower: {WORDS[term]} +{seconds(gained)}"
     return Lost(family=family, excess_bytes=0, slower=share, term=term, text=text)
 
 
+def _preferred(winner: Candidate, other: Candidate, objective: Objective) -> str | None:
+    """How much worse the other is in what comes before time; None where it is not."""
+    first, least = objective.of(other)[0], objective.of(winner)[0]
+    if len(objective.of(winner)) == 1 or first <= least:
+        return None
+    match objective.prefer:
+        case Prefer.FEWEST_GPUS:
+            return f"{other.ranks} GPUs, {other.ranks - winner.ranks} more"
+        case Prefer.COST:
+            dearer = other.step_s * other.ranks / winner.step_s / winner.ranks - 1
+            return f"{100 * dearer:.1f} % dearer on {other.ranks} GPUs"
+        case _:
+            before, after = winner.ledger.parts(), other.ledger.parts()
+            part = grown(before, after)
+            more = (other.peak_bytes - winner.peak_bytes) / GiB
+            of_it = (after[part] - before[part]) / GiB
+            return f"{more:.2f} GiB more: {part} +{of_it:.2f} GiB"
+
+
+def _share(slower: float) -> str:
+    return f"{100 * abs(slower):.1f} % {'slower' if slower >= 0 else 'faster'}"
+
+
+def grown(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """The part that grew most."""
+    return max(after, key=lambda part: after[part] - before[part])
+
+
 def _too_large(family: Family, winner: Candidate, other: Candidate, budget_bytes: int) -> Lost:
     excess = other.peak_bytes - budget_bytes
-    before, after = winner.ledger.parts(), other.ledger.parts()
-    term = max(after, key=lambda part: after[part] - before[part])
+    after = other.ledger.parts()
+    term = grown(winner.ledger.parts(), after)
     text = f"too large by {excess / GiB:.1f} GiB: {term} {after[term] / GiB:.1f} GiB"
     return Lost(family=family, excess_bytes=excess, slower=None, term=term, text=text)
 

@@ -27,6 +27,11 @@ class Grid:
     context: int = 1
     expert: int = 1
 
+    @property
+    def ranks(self) -> int:
+        """Expert ranks are some of the data ranks."""
+        return self.tensor * self.pipeline * self.data * self.context
+
     def parts(self, zero: int, shards: int) -> Parts:
         """Into how many ZeRO cuts weights. Context ranks shard with each data rank; experts are cut
         over all ranks that hold the same, whatever the number of shards."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 from llmspec.compiler.cost.stage import Stage
@@ -14,6 +13,7 @@ from llmspec.compiler.plan import EVERYTHING
 from llmspec.compiler.schedules import stages_of
 from llmspec.compiler.search.candidates import Candidate
 from llmspec.compiler.search.critical_batch import batch_object
+from llmspec.compiler.search.limits import HOUR_S, steps_of
 from llmspec.compiler.search.pins import Recompute
 from llmspec.compiler.search.policies import lowered
 from llmspec.compiler.search.space import Space
@@ -148,16 +148,12 @@ def run_object(space: Space, found: Candidate) -> Number:
     """The whole run. ramp: its steps before the batch has its size."""
     program, world = space.program, found.mesh.world_size
     train, price = program.train, program.cluster.device.price_per_hour
-    steps = train.steps
-    if steps is None and train.tokens is not None:
-        steps = train.steps_for(train.tokens)
+    steps = steps_of(train)
     ramp = [ramp_stage(space, found, count, size) for count, size in train.ramp_stages]
     if steps is None:
         nothing = dict.fromkeys(("steps", "tokens", "days", "gpu_hours", "cost"))
         return {**nothing, "ramp": ramp}
-    rising = sum(stage["steps"] for stage in ramp)
-    hours = sum(stage["steps"] * stage["step_time_s"] for stage in ramp) / 3600
-    hours += (steps - rising) * found.step_s / 3600
+    hours = space.run_s(found) / HOUR_S
     return {
         "steps": steps,
         "tokens": train.tokens_of(steps),
@@ -170,13 +166,11 @@ def run_object(space: Space, found: Candidate) -> Number:
 
 def ramp_stage(space: Space, found: Candidate, steps: int, sequences: int) -> Number:
     """The same plan with fewer micro-batches."""
-    shape = found.shape
-    count = sequences // found.mesh.data // shape.microbatch
-    small = space.played(replace(found, shape=replace(shape, microbatches=count)))
+    small = space.smaller(found, sequences)
     return {
         "steps": steps,
         "sequences": sequences,
-        "microbatches": count,
+        "microbatches": small.shape.microbatches,
         "step_time_s": rounded(small.step_s),
     }
 

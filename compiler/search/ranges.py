@@ -17,6 +17,7 @@ from llmspec.compiler.schedules import Schedule
 from llmspec.compiler.search.candidates import SIMPLER
 from llmspec.compiler.search.chain import Chain
 from llmspec.compiler.search.meshes import Grid, divisors, grids, shardings
+from llmspec.compiler.search.objective import Objective
 from llmspec.compiler.search.pins import Pins, Recompute
 from llmspec.compiler.views import View
 from llmspec.dsl.program import Program
@@ -107,7 +108,8 @@ class Ranges:
     def recomputes(self) -> tuple[Recompute, ...]:
         """What blocks may do; what stands alone never computes again."""
         allowed = self.pins.recompute()
-        if Recompute.SELECTIVE in allowed:
+        smaller = Objective(self.program.prefer).smaller_is_better
+        if Recompute.SELECTIVE in allowed and not smaller:
             # what it comes to when nothing less fits
             allowed = tuple(kind for kind in allowed if kind is not Recompute.FULL)
         alone = not any(i.prefix for i in self.chain.instances)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from llmspec.compiler.cost.memory import Ledger
 from llmspec.compiler.cost.unit import resolve
-from llmspec.compiler.errors import Refused, Unsupported
+from llmspec.compiler.errors import Refused
 from llmspec.compiler.passes.recompute import stretches
 from llmspec.compiler.plan import Plan
 from llmspec.compiler.search.blocks import Problem, time_prices
@@ -27,7 +27,7 @@ from llmspec.compiler.search.space import Space
 from llmspec.compiler.search.walk import Walk
 from llmspec.compiler.search.ways_out import Way, ways_out
 from llmspec.dsl.diagnostics import Diagnostic
-from llmspec.dsl.program import Prefer, Program, Span
+from llmspec.dsl.program import Program, Span
 from llmspec.dsl.units import render_bytes
 
 RUNNERS_UP = 5
@@ -90,12 +90,6 @@ def search(program: Program, build: Build) -> Found | Infeasible:
     Errors: Unsupported for pins without meaning; Refused for a batch that no mesh divides, and for
     pins that no mesh satisfies.
     """
-    if program.prefer is not Prefer.THROUGHPUT:
-        raise Unsupported(f"`prefer {program.prefer}`")
-    if program.cluster.nodes_are_bound:
-        raise Unsupported("a number of nodes left to the search", program.cluster.nodes_span)
-    for goal in {"deadline", "cost"} & set(program.budget.key_spans):
-        raise Unsupported(f"`{goal}` in a budget", program.budget.key_spans[goal])
     with no_collection():
         return _search(program, build)
 
@@ -103,15 +97,16 @@ def search(program: Program, build: Build) -> Found | Infeasible:
 def _search(program: Program, build: Build) -> Found | Infeasible:
     start = time.perf_counter()
     space = Space.of(program, build)
-    check_meshes(space)
+    spaces = space.by_nodes()
+    check_meshes(spaces)
     listing = space.pins.listing("recompute")
     if listing is not None:
         check_listed(space.graph(1), space.pins.recomputed_operators(), listing.span)
-    walk = Walk(space)
+    walk = Walk(spaces, space.objective)
     walk.run()
     smallest = walk.smallest
     if walk.fit:
-        return _found(walk, start)
+        return _found(space, walk, start)
     if smallest is None and space.host_needed is not None:
         raise _no_host_memory(space, space.host_needed)
     if smallest is None:
@@ -130,17 +125,16 @@ def _search(program: Program, build: Build) -> Found | Infeasible:
     )
 
 
-def _found(walk: Walk, start: float) -> Found:
-    space = walk.space
-    pool = {id(c): c for c in [*walk.shortlist.candidates(), *walk.tally.fastest.values()]}
+def _found(space: Space, walk: Walk, start: float) -> Found:
+    pool = {id(c): c for c in [*walk.shortlist.candidates(), *walk.tally.best.values()]}
     played = {key: space.played(c) for key, c in pool.items()}
-    ranked = sorted(played.values(), key=lambda c: c.rank)
+    ranked = sorted(played.values(), key=space.objective.rank)
     winner = ranked[0]
     runners = distinct(ranked)[: 1 + RUNNERS_UP]
     return Found(
         plan=plan_of(space, winner, walk.considered, walk.fit),
         runners_up=tuple((describe(c), c.step_s, c.peak_bytes) for c in runners),
-        lost=explain(winner, walk.tally, played, space.budget_bytes),
+        lost=explain(winner, walk.tally, played, space),
         placed=tuple(placed(space, winner)),
         considered=walk.considered,
         fit=walk.fit,
@@ -209,7 +203,7 @@ def plan_of(space: Space, winner: Candidate, considered: int, fit: int) -> Plan:
             "search": {"plans_considered": considered, "plans_that_fit": fit},
             "cluster": {
                 "device": program.cluster.device.name,
-                "devices": program.cluster.world_size,
+                "devices": mesh.world_size,
                 "memory_budget_bytes": program.budget.memory_bytes,
             },
         },
@@ -239,13 +233,14 @@ def _no_mesh(program: Program, message: str) -> Refused:
     return Refused(Diagnostic(code="E0404", message=message, span=span, label=label))
 
 
-def check_meshes(space: Space) -> None:
+def check_meshes(spaces: Sequence[Space]) -> None:
     """Errors: Refused when no mesh satisfies the pins, or none divides the batch."""
-    program = space.program
-    grids = space.ranges.grids()
+    program = spaces[0].program
+    grids = [grid for space in spaces for grid in space.ranges.grids()]
     if not grids:
-        world = program.cluster.world_size
-        raise _no_mesh(program, f"no mesh of {world} devices satisfies the `plan` block")
+        world = max(space.ranks for space in spaces)
+        most = "at most " if len(spaces) > 1 else ""
+        raise _no_mesh(program, f"no mesh of {most}{world} devices satisfies the `plan` block")
     batch = program.train.common_sequences
     if all(batch % grid.data for grid in grids):
         near = nearest_batches(batch, sorted({g.data for g in grids}))

@@ -15,7 +15,9 @@ from llmspec.compiler.schedules import Schedule
 from llmspec.compiler.search.bounds import Bounds
 from llmspec.compiler.search.candidates import Candidate, Outline, Shape, Sketch
 from llmspec.compiler.search.chain import Build, Chain
+from llmspec.compiler.search.limits import Limits, steps_of
 from llmspec.compiler.search.meshes import Grid
+from llmspec.compiler.search.objective import Objective
 from llmspec.compiler.search.options import TensorOption
 from llmspec.compiler.search.pins import Pins, Recompute
 from llmspec.compiler.search.policies import Chosen
@@ -24,7 +26,7 @@ from llmspec.compiler.search.ranges import Ranges
 from llmspec.compiler.search.repeats import Repeats
 from llmspec.compiler.search.stages import Cut, balanced, block_starts, cut_at
 from llmspec.compiler.views import WHOLE_VIEW, View
-from llmspec.dsl.program import Program
+from llmspec.dsl.program import Budget, Cluster, Program
 
 
 @dataclass
@@ -59,6 +61,22 @@ class Space:
         """The same program under other lines."""
         return _space(self.program, pins, self.chain, self.pricing)
 
+    def changed(self, *, cluster: Cluster | None = None, budget: Budget | None = None) -> Space:
+        """On other nodes of the same kind, or under another budget. What is known of the model's
+        parts stays known."""
+        program = self.program
+        changed = replace(
+            program, cluster=cluster or program.cluster, budget=budget or program.budget
+        )
+        return _space(changed, self.pins, self.chain, self.pricing)
+
+    def by_nodes(self) -> tuple[Space, ...]:
+        """One for each number of nodes that the search may take, most first."""
+        cluster = self.program.cluster
+        if not cluster.nodes_are_bound:
+            return (self,)
+        return tuple(self.changed(cluster=cluster.of(n)) for n in range(cluster.nodes, 0, -1))
+
     def with_offload(self) -> Space | None:
         """The plans besides: those that use host memory. None when the lines decide that, or the
         device's memory is the host's."""
@@ -80,6 +98,29 @@ class Space:
         cluster, budget = self.program.cluster, self.program.budget
         here = min(cluster.devices_per_node, cluster.world_size)
         return (budget.host_memory_bytes or cluster.host_memory_bytes) // here
+
+    @property
+    def ranks(self) -> int:
+        return self.program.cluster.world_size
+
+    @cached_property
+    def least_s(self) -> float:
+        """No plan has a shorter step: matrix products at the device's nominal peak."""
+        flops = self.chain.least_flops * self.program.train.batch_tokens
+        return flops / self.ranks / self.machine.peak_flops
+
+    @cached_property
+    def most_step_s(self) -> float:
+        """No plan with a longer step keeps to the deadline and the cost."""
+        return self.limits.step_s(self.ranks)
+
+    @cached_property
+    def limits(self) -> Limits:
+        return Limits(self.program)
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(self.program.prefer)
 
     @property
     def budget_bytes(self) -> int:
@@ -245,10 +286,10 @@ class Space:
     def _candidates(
         self, shape: Shape, zero: int, shards: int, schedule: Schedule
     ) -> Iterator[Candidate]:
-        """With each use of host memory. What adds one to a plan that fits is slower."""
+        """With each use of host memory. What adds one to a plan that fits is slower, if smaller."""
         fitting: list[Offload] = []
         for offload in self.offloads:
-            if any(set(o) < set(offload) for o in fitting):
+            if any(set(o) < set(offload) for o in fitting) and not self.objective.smaller_is_better:
                 continue
             if PARAMETERS in offload and not _parameters_can_leave(shape.grid, zero):
                 continue
@@ -305,6 +346,31 @@ class Space:
             play=True,
         )
         return replace(candidate, times=times)
+
+    # -- the whole run
+
+    def in_time(self, found: Candidate) -> bool:
+        """Whether a run keeps to the deadline and the cost."""
+        if found.step_s > self.most_step_s:
+            return False
+        return not self.limits.any or self.run_s(self.played(found)) <= self.limits.run_s(
+            self.ranks
+        )
+
+    def run_s(self, found: Candidate) -> float:
+        """Of a plan that has been played."""
+        steps = steps_of(self.program.train)
+        if steps is None:
+            return float("inf")
+        rising = self.program.train.ramp_stages
+        ramp = sum(n * self.smaller(found, sequences).step_s for n, sequences in rising)
+        return ramp + (steps - sum(n for n, _ in rising)) * found.step_s
+
+    def smaller(self, found: Candidate, sequences: int) -> Candidate:
+        """The same plan with fewer micro-batches, for a size of a batch that grows."""
+        shape = found.shape
+        count = sequences // found.mesh.data // shape.microbatch
+        return self.played(replace(found, shape=replace(shape, microbatches=count)))
 
 
 def _space(program: Program, pins: Pins, chain: Chain, pricing: Pricing) -> Space:

@@ -1,19 +1,22 @@
-"""Branch and bound over the space of plans."""
+"""Branch and bound over the space of plans, whatever is preferred of them."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from llmspec.compiler.orders import Schedule
-from llmspec.compiler.search.candidates import WORTH_OFFLOADING, Candidate, Outline, Sketch
+from llmspec.compiler.search.candidates import Candidate, Outline, Sketch
 from llmspec.compiler.search.explain import Family, Tally, families_with, possible_families
+from llmspec.compiler.search.objective import Objective, Weight
 from llmspec.compiler.search.space import Space
 
 SHORTLIST = 12
 """Plans that are played after the closed form has ranked them."""
+
+Item = Space | Sketch | Outline
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +34,13 @@ class _Worst:
 class Shortlist:
     """The best plans by the closed form."""
 
+    objective: Objective
+    most: int = SHORTLIST
     heap: list[_Worst] = field(default_factory=list)
 
     def add(self, candidate: Candidate) -> None:
-        entry = _Worst(candidate.rank, candidate)
-        if len(self.heap) < SHORTLIST:
+        entry = _Worst(self.objective.rank(candidate), candidate)
+        if len(self.heap) < self.most:
             heapq.heappush(self.heap, entry)
         elif self.heap[0] < entry:
             heapq.heapreplace(self.heap, entry)
@@ -43,109 +48,153 @@ class Shortlist:
     def candidates(self) -> list[Candidate]:
         return [entry.candidate for entry in sorted(self.heap, reverse=True)]
 
-    def closed_to(self, least_s: float) -> bool:
-        """Whether no plan with a step of at least `least_s` can enter."""
-        return len(self.heap) == SHORTLIST and self.heap[0].candidate.weighed_s < least_s
+    def closed_to(self, least: Weight) -> bool:
+        """Whether no plan with a weight of at least `least` can enter."""
+        return len(self.heap) == self.most and self.objective.of(self.heap[0].candidate) < least
 
 
 @dataclass
 class Walk:
     """Prices outlines, the most promising first, and leaves out those whose bound says that nothing
-    in them could be the best of anything: of all plans, of a family, of the shortlist."""
+    in them could be the best of anything: of all plans, of a family, of the shortlist.
 
-    space: Space
-    tally: Tally = field(default_factory=Tally)
-    shortlist: Shortlist = field(default_factory=Shortlist)
+    spaces: one for each number of nodes. explained: whether the best of each family is looked for,
+        and what is smallest where nothing fits.
+    """
+
+    spaces: tuple[Space, ...]
+    objective: Objective
+    most: int = SHORTLIST
+    explained: bool = True
     smallest: Candidate | None = None
     considered: int = 0
     fit: int = 0
     bound: bool = False
     """Whether only what beats the best plan so far is looked at."""
 
+    def __post_init__(self) -> None:
+        self.tally = Tally(self.objective)
+        self.shortlist = Shortlist(self.objective, self.most)
+        self.number = itertools.count()
+
     def run(self) -> None:
         """Without offload first, unless the spec speaks of it."""
-        self._walk()
-        more = self.space.with_offload()
-        if more is not None:
-            self.space, self.bound = more, self.fit > 0
-            self._walk()
+        self._walk(self.spaces)
+        more = tuple(s for of in self.spaces if (s := of.with_offload()) is not None)
+        if more:
+            self.bound = self.fit > 0
+            self._walk(more)
 
-    def _walk(self) -> None:
-        waiting: list[tuple[float, int, Sketch | Outline]] = []
-        too_large: list[Sketch] = []
-        number = itertools.count()
-        for sketch in self.space.sketches():
-            heapq.heappush(waiting, (sketch.least_s, next(number), sketch))
+    def _walk(self, spaces: Iterable[Space]) -> None:
+        waiting: list[tuple[Weight, int, Space, Item]] = []
+        too_large: list[tuple[Space, Sketch]] = []
+        for space in spaces:
+            self._push(waiting, space, space, space.least_s, 0.0)
         while waiting:
-            least_s, _, item = heapq.heappop(waiting)
+            least, _, space, item = heapq.heappop(waiting)
             if isinstance(item, Outline):
-                self._price(item)
-            elif item.least_bytes > self.space.budget_bytes:
-                too_large.append(item)
-            elif self.bound and self._beaten(least_s):
+                self._price(space, item)
+            elif isinstance(item, Sketch) and item.least_bytes > space.budget_bytes:
+                too_large.append((space, item))
+            elif self.bound and self._beaten(least):
                 return
-            elif not self.shortlist.closed_to(least_s):
-                for outline in self.space.opened(item):
-                    heapq.heappush(waiting, (outline.least_s, next(number), outline))
-        if not self.fit:
-            for sketch in too_large:
-                for outline in self.space.opened(sketch):
-                    self._price(outline)
+            elif not self.shortlist.closed_to(least):
+                for inner in space.sketches() if isinstance(item, Space) else space.opened(item):
+                    least_s = max(inner.least_s, space.least_s)
+                    self._push(waiting, space, inner, least_s, inner.least_bytes)
+        if self.explained and not self.fit:
+            for space, sketch in too_large:
+                for outline in space.opened(sketch):
+                    self._price(space, outline)
 
-    def _price(self, outline: Outline) -> None:
-        if outline.least_bytes > self.space.budget_bytes:
-            if self.smallest is not None and self.tally.lowest(
-                possible_families(outline, self.space), outline.least_bytes
-            ):
-                return
-            for candidate in self.space.smallest_of(outline):
-                self._add(candidate)
-        elif not self._hopeless(outline):
-            shared = possible_families(outline, self.space)
+    def _push(
+        self,
+        waiting: list[tuple[Weight, int, Space, Item]],
+        space: Space,
+        item: Item,
+        least_s: float,
+        least_bytes: float,
+    ) -> None:
+        """Not what is too slow for the deadline."""
+        if least_s <= space.most_step_s:
+            least = self.objective.weight(least_s, least_bytes, space.ranks)
+            heapq.heappush(waiting, (least, next(self.number), space, item))
+
+    def _price(self, space: Space, outline: Outline) -> None:
+        if outline.least_bytes > space.budget_bytes:
+            self._price_too_large(space, outline)
+        elif not self._hopeless(space, outline):
+            shared = possible_families(outline, space)
             shared = {f for f in shared if f[0] not in ("schedule", "interleave")}
-            skip = self._too_large(outline)
-            for interleave, schedules in self.space.ranges.ways(outline.grid.pipeline):
-                left = [s for s in schedules if not self._lost(outline, shared, interleave, s)]
-                for candidate in self.space.candidates_of(outline, interleave, left, skip):
-                    self._add(candidate)
+            skip = self._too_large(space, outline)
+            for interleave, schedules in space.ranges.ways(outline.grid.pipeline):
+                left = [
+                    s for s in schedules if not self._lost(space, outline, shared, interleave, s)
+                ]
+                for candidate in space.candidates_of(outline, interleave, left, skip):
+                    self._add(space, candidate)
+
+    def _price_too_large(self, space: Space, outline: Outline) -> None:
+        if not self.explained:
+            return
+        families = possible_families(outline, space)
+        if self.smallest is None or not self.tally.lowest(families, outline.least_bytes):
+            for candidate in space.smallest_of(outline):
+                self._add(space, candidate)
 
     def _lost(
-        self, outline: Outline, shared: set[Family], interleave: int, schedule: Schedule
+        self,
+        space: Space,
+        outline: Outline,
+        shared: set[Family],
+        interleave: int,
+        schedule: Schedule,
     ) -> bool:
         """Whether an outline's plans under one schedule can be the best of nothing."""
         if outline.grid.pipeline == 1:
             return False
-        least_s = self.space.bounds.scheduled_s(outline, interleave, schedule)
-        if not self.shortlist.closed_to(least_s):
+        least_s = space.bounds.scheduled_s(outline, interleave, schedule)
+        least = self.objective.weight(least_s, outline.least_bytes, space.ranks)
+        if not self.shortlist.closed_to(least):
             return False
         own = {("schedule", str(schedule)), ("interleave", str(interleave))}
-        return self.tally.settled(shared | own, least_s)
+        return self._settled(shared | own, least)
 
-    def _too_large(self, outline: Outline) -> Callable[[int, int], bool]:
+    def _too_large(self, space: Space, outline: Outline) -> Callable[[int, int], bool]:
         """Whether a way to shard cannot fit, and is the smallest of nothing."""
 
         def skip(zero: int, shards: int) -> bool:
-            least = self.space.bounds.shared_bytes(outline, zero, shards)
-            if least <= self.space.budget_bytes or self.smallest is None:
+            least = space.bounds.shared_bytes(outline, zero, shards)
+            if least <= space.budget_bytes:
                 return False
-            return self.tally.lowest(families_with(outline, zero, shards, self.space), least)
+            if not self.explained:
+                return True
+            families = families_with(outline, zero, shards, space)
+            return self.smallest is not None and self.tally.lowest(families, least)
 
         return skip
 
-    def _hopeless(self, outline: Outline) -> bool:
-        if self.bound and self._beaten(outline.least_s):
+    def _hopeless(self, space: Space, outline: Outline) -> bool:
+        least = self.objective.weight(outline.least_s, outline.least_bytes, space.ranks)
+        if self.bound and self._beaten(least):
             return True
-        if not self.shortlist.closed_to(outline.least_s):
+        if not self.shortlist.closed_to(least):
             return False
-        return self.tally.settled(possible_families(outline, self.space), outline.least_s)
+        return self._settled(possible_families(outline, space), least)
 
-    def _beaten(self, least_s: float) -> bool:
+    def _settled(self, families: set[Family], least: Weight) -> bool:
+        return not self.explained or self.tally.settled(families, least)
+
+    def _beaten(self, least: Weight) -> bool:
         """Whether offload cannot make a plan with such a bound the best of all."""
-        best = min(entry.candidate.weighed_s for entry in self.shortlist.heap)
-        return least_s * WORTH_OFFLOADING >= best
+        best = min(self.objective.of(entry.candidate) for entry in self.shortlist.heap)
+        *first, step_s = least
+        return (*first, step_s * self.objective.worth_offloading) >= best
 
-    def _add(self, candidate: Candidate) -> None:
+    def _add(self, space: Space, candidate: Candidate) -> None:
         self.considered += 1
+        if candidate.times is not None and not space.in_time(candidate):
+            return
         self.tally.add(candidate)
         if candidate.times is not None:
             self.fit += 1
@@ -154,21 +203,9 @@ class Walk:
             self.smallest = candidate
 
 
-def fastest(space: Space) -> Candidate | None:
-    """The best plan that fits, by the closed form; None when none does. Offload where nothing else
-    fits."""
-    more = space.with_offload()
-    return _fastest(space) or (_fastest(more) if more is not None else None)
-
-
-def _fastest(space: Space) -> Candidate | None:
-    best: Candidate | None = None
-    for outline in space.outlines():
-        if outline.least_bytes > space.budget_bytes:
-            continue
-        if best is not None and outline.least_s > best.weighed_s:
-            break
-        for candidate in space.candidates(outline):
-            if candidate.times is not None and (best is None or candidate.rank < best.rank):
-                best = candidate
-    return best
+def best(spaces: Iterable[Space], objective: Objective) -> Candidate | None:
+    """The best plan that fits, by the closed form; None when none does. Nothing is looked for
+    beside it."""
+    walk = Walk(tuple(spaces), objective, most=1, explained=False)
+    walk.run()
+    return next(iter(walk.shortlist.candidates()), None)

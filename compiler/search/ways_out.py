@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from llmspec.compiler.search.candidates import Candidate
 from llmspec.compiler.search.pins import Pins
 from llmspec.compiler.search.space import Space
-from llmspec.compiler.search.walk import fastest
+from llmspec.compiler.search.walk import best
 from llmspec.dsl.program import Constraint
 
 GiB = 2**30
@@ -36,8 +36,8 @@ def ways_out(space: Space, smallest: Candidate) -> tuple[Way, ...]:
 
 def least_bytes(space: Space) -> tuple[int, float] | None:
     """(peak, seconds) of the fastest plan that fits, or None."""
-    best = fastest(space)
-    return None if best is None else (best.peak_bytes, best.step_s)
+    found = best(space.by_nodes(), space.objective)
+    return None if found is None else (found.peak_bytes, found.step_s)
 
 
 def _with_pins(space: Space, pins: tuple[Constraint, ...]) -> Space:

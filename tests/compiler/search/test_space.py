@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from llmspec.compiler.build.model import build_model
 from llmspec.compiler.search import Found, search
-from llmspec.compiler.search.candidates import WORTH_OFFLOADING
 from llmspec.compiler.search.explain import PATIENCE, families_of
 from llmspec.compiler.search.meshes import nearest_batches
+from llmspec.compiler.search.objective import WORTH_OFFLOADING
 from llmspec.compiler.search.space import Space
 from llmspec.compiler.search.stages import balanced, block_starts, cut_at
-from llmspec.compiler.search.walk import Walk, fastest
+from llmspec.compiler.search.walk import Walk, best
 from tests.compiler.specs import CPU, GiB, cluster, llama, pin, program, tiny_gpt, tiny_llama
 
 MiB = 2**20
@@ -45,21 +45,22 @@ def test_bounds_leave_out_nothing_that_matters(name):
     """Branch and bound against the price of every plan there is."""
     of = space(CASES[name])
     every = everything(of)
-    fitting = sorted((c for c in every if c.times is not None), key=lambda c: c.rank)
-    walk = Walk(of)
+    fitting = sorted((c for c in every if c.times is not None), key=of.objective.rank)
+    walk = Walk((of,), of.objective)
     walk.run()
-    assert fitting[0].rank == fastest(of).rank
-    best = [c for c in walk.shortlist.candidates() if not c.offload]
-    assert [c.rank for c in best[:8]] == [c.rank for c in fitting[: len(best)][:8]]
+    rank, weighed = of.objective.rank, lambda c: of.objective.of(c)[0]
+    assert rank(fitting[0]) == rank(best((of,), of.objective))
+    listed = [c for c in walk.shortlist.candidates() if not c.offload]
+    assert [*map(rank, listed[:8])] == [*map(rank, fitting[: len(listed)][:8])]
     more = of.with_offload()
     offloaded = [c for c in everything(more) if c.times is not None] if more else []
-    for family, found in walk.tally.fastest.items():
-        of_family = [c.weighed_s for c in fitting if family in families_of(c)]
-        with_them = [c.weighed_s for c in offloaded if family in families_of(c)]
-        assert found.weighed_s >= min(of_family + with_them) * (1 - 1e-3)
+    for family, found in walk.tally.best.items():
+        of_family = [weighed(c) for c in fitting if family in families_of(c)]
+        with_them = [weighed(c) for c in offloaded if family in families_of(c)]
+        assert weighed(found) >= min(of_family + with_them) * (1 - 1e-3)
         # a family is given up when so many of it did not fit
         if of_family and walk.tally.too_large[family] < PATIENCE:
-            assert found.weighed_s <= min(of_family) * (1 + 1e-3)
+            assert weighed(found) <= min(of_family) * (1 + 1e-3)
     assert (len(fitting) < len(every)) == (name == "little memory")
 
 
@@ -82,10 +83,10 @@ def test_offload_is_chosen_where_every_price_says_so(name):
     more = of.with_offload()
     assert (more is None) == bool(of.pins.about("offload"))
     every = everything(of) + (everything(more) if more else [])
-    fitting = sorted((c for c in every if c.times is not None), key=lambda c: c.rank)
-    walk = Walk(of)
+    fitting = sorted((c for c in every if c.times is not None), key=of.objective.rank)
+    walk = Walk((of,), of.objective)
     walk.run()
-    assert walk.shortlist.candidates()[0].rank == fitting[0].rank
+    assert of.objective.rank(walk.shortlist.candidates()[0]) == of.objective.rank(fitting[0])
     chosen = fitting[0].offload
     plain = [c.step_s for c in fitting if not c.offload]
     if name == "roomy":
