@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmspec.compiler.plan import Plan
-from llmspec.compiler.search.explain import seconds
+from llmspec.compiler.search.explain import duration, seconds
 from llmspec.compiler.search.search import Found, Infeasible
 from llmspec.dsl import Diagnostic
 
@@ -78,12 +78,26 @@ def _infeasible_face(found: Infeasible) -> Face:
             "seconds": found.seconds,
         },
         "infeasible": {
+            "goal": found.goal,
             "best": found.decisions,
             "peak_memory_bytes": found.ledger.total,
             "memory_bytes": found.ledger.parts(),
             "budget_bytes": found.budget_bytes,
             "missing_bytes": found.missing_bytes,
-            "ways_out": [{"key": way.key, "text": way.text} for way in found.ways_out],
+            "run": found.run,
+            "limit": found.limit,
+            "ways_out": [
+                {
+                    "key": way.key,
+                    "change": way.change,
+                    "text": way.text,
+                    "line": way.span.line if way.span else None,
+                    "gpus": way.ranks,
+                    "peak_memory_bytes": way.peak_bytes,
+                    "step_time_s": way.step_s,
+                }
+                for way in found.ways_out
+            ],
         },
     }
 
@@ -187,13 +201,6 @@ def _size(size_bytes: int, unit: int) -> str:
     return f"{size_bytes / unit:,.1f}" if unit == GiB else f"{size_bytes / unit:,.0f}"
 
 
-def duration(total_s: float) -> str:
-    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if total_s >= 2 * size:
-            return f"{total_s / size:.1f} {name}"
-    return f"{total_s:.1f} s"
-
-
 def time_words(predicted: Face) -> str:
     times = predicted["time_s"]
     parts = {
@@ -258,18 +265,58 @@ def _has_experts(plan: Plan) -> bool:
     return bool(model["parameters_active"] < model["parameters"])
 
 
+PARTS = {
+    "parameters": "weights as they are stored",
+    "gradients": "gradients as they add up",
+    "optimizer": "the optimizer's state",
+    "activations": "values kept for the backward",
+    "buffers": "weights as they are gathered, and what operators work with",
+    "fixed": "what CUDA, NCCL and the allocator keep, whatever the plan",
+}
+"""What the parts of a ledger are."""
+
+
 def infeasible_fault(found: Infeasible) -> Diagnostic:
-    """What is missing, the smallest plan's ledger, the ways out."""
-    needed, budget = found.ledger.total / GiB, found.budget_bytes / GiB
-    parts = ledger_words(found.ledger.parts(), GiB)
+    """What is missing, of what there is most, the ways out and the lines that they change."""
+    own = found.span
     return Diagnostic(
-        code="E0412",
-        message="no plan fits the memory budget",
-        span=found.span,
-        label=f"the smallest plan needs {needed:.1f} GiB",
-        notes=(
-            f"{found.missing_bytes / GiB:.1f} GiB are missing of {budget:.1f}: {found.best}",
-            f"at its peak, GiB: {parts}",
+        code="E0412" if found.goal == "memory" else "E0415",
+        message="no plan fits the memory budget"
+        if found.goal == "memory"
+        else f"no plan that fits the memory keeps to the {found.goal}",
+        span=own,
+        label=_missed(found),
+        secondary=tuple(
+            (way.span, "another way out" if i else "a way out")
+            for i, way in enumerate(w for w in found.ways_out if w.span and w.span != own)
+            if way.span is not None
         ),
+        notes=_notes(found),
         helps=tuple(way.text for way in found.ways_out),
+    )
+
+
+def _missed(found: Infeasible) -> str:
+    if found.run is None:
+        return f"the smallest plan needs {found.ledger.total / GiB:.1f} GiB"
+    if found.goal == "deadline":
+        return f"the fastest plan takes {duration(found.run['days'] * 86400)}"
+    return f"the cheapest plan costs {found.run['cost']:,.0f}"
+
+
+def _notes(found: Infeasible) -> tuple[str, ...]:
+    if found.run is not None:
+        steps, hours = found.run["steps"], found.run["gpu_hours"]
+        return (f"{steps:,} steps, {hours:,.0f} GPU hours predicted: {found.best}",)
+    parts = {k: v for k, v in found.ledger.parts().items() if v}
+    largest = sorted(parts, key=lambda name: -parts[name])
+    missing, budget = found.missing_bytes / GiB, found.budget_bytes / GiB
+    return (
+        f"{missing:.2f} GiB are missing of {budget:.1f}: {found.best}",
+        f"at its peak, GiB: {ledger_words({name: parts[name] for name in largest}, GiB)}",
+        *(
+            f"{SHORT.get(name, name)} {parts[name] / GiB:.1f} GiB: {PARTS[name]}"
+            for name in largest[:2]
+            if parts[name] > found.ledger.total / 20
+        ),
     )

@@ -234,6 +234,13 @@ def seconds(value: float) -> str:
     return f"{value * 1e6:.0f} us"
 
 
+def duration(total_s: float) -> str:
+    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if total_s >= 2 * size:
+            return f"{total_s / size:.1f} {name}"
+    return f"{total_s:.1f} s"
+
+
 def describe(found: Candidate) -> str:
     """A plan in one line of the language's words."""
     mesh, shape = found.mesh, found.shape

@@ -8,9 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-from llmspec.compiler.cost.memory import Ledger
 from llmspec.compiler.cost.unit import resolve
 from llmspec.compiler.errors import Refused
 from llmspec.compiler.passes.recompute import stretches
@@ -20,14 +18,16 @@ from llmspec.compiler.search.candidates import Candidate
 from llmspec.compiler.search.chain import Build
 from llmspec.compiler.search.compare import placement_text
 from llmspec.compiler.search.explain import Lost, describe, distinct, explain
+from llmspec.compiler.search.infeasible import Infeasible, nothing_fits, too_late
 from llmspec.compiler.search.meshes import nearest_batches
 from llmspec.compiler.search.policies import check_listed
 from llmspec.compiler.search.predicted import model_object, plan_object, predicted_object
 from llmspec.compiler.search.space import Space
 from llmspec.compiler.search.walk import Walk
-from llmspec.compiler.search.ways_out import Way, ways_out
+
+__all__ = ["Found", "Infeasible", "search"]
 from llmspec.dsl.diagnostics import Diagnostic
-from llmspec.dsl.program import Program, Span
+from llmspec.dsl.program import Program
 from llmspec.dsl.units import render_bytes
 
 RUNNERS_UP = 5
@@ -49,26 +49,6 @@ class Found:
     considered: int
     fit: int
     seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Infeasible:
-    """Nothing fits. `ledger` is of the smallest plan, which `best` describes and `decisions` spells
-    out.
-
-    missing_bytes: what the budget lacks for it. span: where the spec sets the budget, if it does.
-    """
-
-    best: str
-    decisions: dict[str, Any]
-    ledger: Ledger
-    budget_bytes: int
-    missing_bytes: int
-    ways_out: tuple[Way, ...]
-    considered: int
-    seconds: float
-    model: dict[str, Any]
-    span: Span | None = None
 
 
 @contextmanager
@@ -104,25 +84,16 @@ def _search(program: Program, build: Build) -> Found | Infeasible:
         check_listed(space.graph(1), space.pins.recomputed_operators(), listing.span)
     walk = Walk(spaces, space.objective)
     walk.run()
-    smallest = walk.smallest
     if walk.fit:
         return _found(space, walk, start)
-    if smallest is None and space.host_needed is not None:
-        raise _no_host_memory(space, space.host_needed)
-    if smallest is None:
-        raise _no_mesh(program, "no plan satisfies every line of the `plan` block")
-    return Infeasible(
-        best=describe(smallest),
-        decisions=plan_object(space, smallest),
-        ledger=smallest.ledger,
-        budget_bytes=space.budget_bytes,
-        missing_bytes=smallest.peak_bytes - space.budget_bytes,
-        ways_out=ways_out(space, smallest),
-        considered=walk.considered,
-        seconds=time.perf_counter() - start,
-        model=model_object(space),
-        span=program.budget.span,
-    )
+    if space.limits.any and (late := too_late(space, walk, start)):
+        return late
+    if walk.smallest is not None:
+        return nothing_fits(space, walk, walk.smallest, start)
+    needed = [s.host_needed for s in spaces if s.host_needed is not None]
+    if needed:
+        raise _no_host_memory(space, min(needed))
+    raise _no_mesh(program, "no plan satisfies every line of the `plan` block")
 
 
 def _found(space: Space, walk: Walk, start: float) -> Found:

@@ -161,18 +161,29 @@ class Walk:
         return self._settled(shared | own, least)
 
     def _too_large(self, space: Space, outline: Outline) -> Callable[[int, int], bool]:
-        """Whether a way to shard cannot fit, and is the smallest of nothing."""
+        """Whether a way to shard is the best and the smallest of nothing."""
 
         def skip(zero: int, shards: int) -> bool:
             least = space.bounds.shared_bytes(outline, zero, shards)
             if least <= space.budget_bytes:
-                return False
+                return self._too_much(space, outline, zero, shards, least)
             if not self.explained:
                 return True
             families = families_with(outline, zero, shards, space)
             return self.smallest is not None and self.tally.lowest(families, least)
 
         return skip
+
+    def _too_much(
+        self, space: Space, outline: Outline, zero: int, shards: int, least_bytes: float
+    ) -> bool:
+        """Whether a way to shard that may fit is the best of nothing, where memory decides."""
+        if not self.objective.smaller_is_better:
+            return False
+        least = self.objective.weight(outline.least_s, least_bytes, space.ranks)
+        if not self.shortlist.closed_to(least):
+            return False
+        return self._settled(families_with(outline, zero, shards, space), least)
 
     def _hopeless(self, space: Space, outline: Outline) -> bool:
         least = self.objective.weight(outline.least_s, outline.least_bytes, space.ranks)

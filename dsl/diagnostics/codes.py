@@ -61,6 +61,7 @@ CODES = {
     "E0412": "no plan fits the memory budget",
     "E0413": "the expert ranks cannot share the experts",
     "E0414": "what is to live in host memory does not go with the rest of the plan",
+    "E0415": "no plan keeps to the deadline, or to the cost",
     # train blocks and other sections
     "E0501": "a line does not belong in this section",
     "E0502": "a key is not known",

@@ -212,20 +212,62 @@ def test_more_gpus_than_here(llmspec, tmp_path: Path, golden: Golden) -> None:
     golden.check("cli/no_gpus.txt", ran.err[ran.err.index("error") :])
 
 
-def test_nothing_fits(llmspec, tmp_path: Path, golden: Golden) -> None:
-    text = """import llama
-cluster c { node = 8 * gpu("H100-SXM") }
-train t { model = llama3_8b; cluster = c; dataset = synthetic(); batch = 64 sequences; steps = 5 }
-budget { memory = 5 GiB per gpu }
+EIGHT_GPUS = """import llama
+
+cluster pod {
+    node  = 8 * gpu("H100-SXM")
+    nodes = 1
+}
+train t {
+    model     = llama3_8b
+    cluster   = pod
+    dataset   = synthetic()
+    batch     = 64 sequences
+    steps     = 5
+    precision = bf16
+}
 """
-    (tmp_path / "tight.llmspec").write_text(text)
+SMALL = EIGHT_GPUS.replace(
+    "llama3_8b",
+    "llama(layers=2, width=1024, heads=8, kv_heads=4, ffn=2048, vocab=8192, context=512)",
+)
+
+TIGHT = {
+    "nothing_fits": SMALL + "budget { memory = 1500 MiB per gpu }\n",
+    "wrong_pins": SMALL
+    + "budget { memory = 1700 MiB per gpu }\nplan { zero <= 1; tensor = 1; offload = none }\n",
+    "nothing_fits_20": EIGHT_GPUS
+    + "budget { memory = 20 GiB per gpu }\nplan { zero <= 1; offload = none }\n",
+    "nothing_fits_5": EIGHT_GPUS + "budget { memory = 5 GiB per gpu }\n",
+    "too_late": SMALL.replace("steps     = 5", "steps     = 100_000")
+    + "budget { deadline = 2 minutes }\n",
+    "too_dear": SMALL.replace("nodes = 1", "nodes <= 2; price = 2 per gpu hour").replace(
+        "steps     = 5", "steps     = 100_000"
+    )
+    + "budget { cost = 1 }\n",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("nothing_fits", "wrong_pins", "too_late", "too_dear"),
+        *(pytest.param(n, marks=pytest.mark.long) for n in ("nothing_fits_20", "nothing_fits_5")),
+    ],
+)
+def test_nothing_fits(name: str, llmspec, tmp_path: Path, golden: Golden) -> None:
+    (tmp_path / "tight.llmspec").write_text(TIGHT[name])
     ran = llmspec("plan", "tight.llmspec")
     assert ran.code == 1
-    golden.check(
-        "cli/nothing_fits.txt", ran.err[ran.err.index("error") :] if "error" in ran.err else ran.out
-    )
+    golden.check(f"cli/{name}.txt", ran.err[ran.err.index("error") :])
+
+
+def test_nothing_fits_as_data(llmspec, tmp_path: Path) -> None:
+    (tmp_path / "tight.llmspec").write_text(TIGHT["nothing_fits"])
     data = llmspec("plan", "tight.llmspec", "--json").data()
     assert data["plan"] is None and data["infeasible"]["missing_bytes"] > 0
+    for way in data["infeasible"]["ways_out"]:
+        assert way["text"].startswith(way["change"]) and way["step_time_s"] > 0
 
 
 def test_fit(llmspec) -> None:

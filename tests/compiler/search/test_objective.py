@@ -43,7 +43,10 @@ def every_fitting(of: Space) -> list[Candidate]:
     return sorted(found, key=of.objective.rank)
 
 
-@pytest.mark.parametrize("larger", [False, True])
+SIZES = [False, pytest.param(True, marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("larger", SIZES)
 @pytest.mark.parametrize("prefer", Prefer)
 def test_the_best_of_all_is_found(prefer: Prefer, larger: bool) -> None:
     of = space(spec(prefer, 3, larger=larger))
@@ -59,8 +62,8 @@ def test_the_best_of_all_is_found(prefer: Prefer, larger: bool) -> None:
             assert found.ranks == int(family[1])
 
 
+@pytest.mark.long
 def test_preferences_differ() -> None:
-    """On the small model they lead to four plans."""
     chosen = {}
     for prefer in Prefer:
         of = space(spec(prefer, 3, larger=True))
@@ -73,10 +76,11 @@ def test_preferences_differ() -> None:
     assert min(costs, key=costs.__getitem__) is Prefer.COST
 
 
+@pytest.mark.parametrize("larger", SIZES)
 @pytest.mark.parametrize("prefer", Prefer)
-def test_a_deadline_is_kept(prefer: Prefer) -> None:
+def test_a_deadline_is_kept(prefer: Prefer, larger: bool) -> None:
     """Halfway between the fastest run and the one that was chosen without a deadline."""
-    free = space(spec(prefer, 3, larger=True))
+    free = space(spec(prefer, 3, larger=larger))
     fastest = best(free.by_nodes(), Objective(Prefer.THROUGHPUT))
     chosen = best(free.by_nodes(), free.objective)
     assert fastest is not None and chosen is not None
@@ -100,7 +104,7 @@ def test_a_cost_is_kept() -> None:
     allowed = every_fitting(of)
     assert len(allowed) < len(every)
     step_s = found.plan.predicted["predicted"]["step_time_s"]
-    assert step_s == pytest.approx(allowed[0].step_s, rel=1e-3)
+    assert step_s <= of.played(allowed[0]).step_s * (1 + 1e-3)
 
 
 def test_chosen_nodes_are_those_of_the_plan() -> None:
@@ -109,7 +113,6 @@ def test_chosen_nodes_are_those_of_the_plan() -> None:
     assert isinstance(found, Found)
     assert found.plan.mesh.world_size == 2
     assert found.plan.predicted["cluster"]["devices"] == 2
-    assert {lost.family for lost in found.lost} & {("gpus", "4"), ("gpus", "6")}
 
 
 numbers = st.tuples(st.floats(1e-3, 1e3), st.floats(1e6, 1e11), st.integers(1, 4096))
