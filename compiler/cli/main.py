@@ -55,6 +55,9 @@ def parser() -> argparse.ArgumentParser:
     spec(plan)
     plan.add_argument("--save", metavar="FILE", help="write the plan as JSON")
     plan.add_argument("--check", metavar="FILE", help="exit 3 if the plan differs from this one")
+    plan.add_argument(
+        "--memory", action="store_true", help="what memory holds at the peak, item by item"
+    )
     plan.add_argument("--explicit", action="store_true", help="print the spec, defaults filled in")
 
     diff = verb("diff", planning.diff, "what differs between two plans; exit 3 if anything does")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from llmspec import dsl
 from llmspec.compiler import driver
@@ -18,6 +19,9 @@ from llmspec.compiler.cli.console import (
 )
 from llmspec.compiler.differences import differences, render_changes, render_differences
 from llmspec.compiler.driver import Session
+from llmspec.compiler.forecast import priced
+from llmspec.compiler.ledger.items import memory_object
+from llmspec.compiler.ledger.words import render_memory
 from llmspec.compiler.plan import Plan, from_json, to_json
 from llmspec.compiler.render_plan import (
     face,
@@ -40,7 +44,8 @@ def plan(options: Namespace) -> int:
     found = searched(session, options.spec)
     if isinstance(found, Infeasible):
         return no_plan(found, as_data=options.json)
-    show(found, as_data=options.json)
+    memory = memory_of(session, found.plan) if options.memory else None
+    show(found, as_data=options.json, memory=memory)
     name_replicated(session, found.plan)
     if options.save:
         Path(options.save).write_text(to_json(found.plan))
@@ -113,11 +118,18 @@ def the_plan(options: Namespace) -> tuple[Session, Plan] | Infeasible:
     return found if isinstance(found, Infeasible) else (session, found.plan)
 
 
-def show(found: Found, *, as_data: bool) -> None:
+def memory_of(session: Session, plan: Plan) -> dict[str, Any]:
+    return memory_object(priced(session.program, plan, session.graph(plan.microbatch)))
+
+
+def show(found: Found, *, as_data: bool, memory: dict[str, Any] | None = None) -> None:
+    """`memory`: the ledger, item by item."""
     if as_data:
-        product_json(face(found))
-    else:
-        product(render_found(found))
+        product_json(face(found) | ({"memory": memory} if memory else {}))
+        return
+    product(render_found(found))
+    if memory:
+        product("\n" + render_memory(memory))
 
 
 def no_plan(found: Infeasible, *, as_data: bool) -> int:

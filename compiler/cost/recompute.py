@@ -135,6 +135,13 @@ class Flow:
             working_bytes=max(0, self._peak_bytes(runs, kept) - kept_bytes),
         )
 
+    def kept(self, operators: Operators) -> tuple[set[str], set[str]]:
+        """(steps that run again, values that are kept for them and for the backward)."""
+        if isinstance(operators, str):
+            return set(self.steps), set(self.inputs)
+        runs = self.needed(operators)
+        return runs, self._kept(runs)
+
     def _kept(self, runs: set[str]) -> set[str]:
         kept = self.kept_values()
         for name in runs:

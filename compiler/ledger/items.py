@@ -1,0 +1,299 @@
+"""The ledger of each distinct rank as a sum: which bytes, of which unit, at which moment.
+
+The totals are those of `cost/memory.py`, which the search used; here they are told apart. What
+could not be told apart would stand as "other", and a test holds that nothing does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llmspec.compiler.cost.memory import Ledger, Residence, cast_bytes, gathered_bytes
+from llmspec.compiler.cost.offload import ACTIVATIONS, PARAMETERS, away_bytes, ledgers
+from llmspec.compiler.cost.rank import Holder
+from llmspec.compiler.cost.stage import Run
+from llmspec.compiler.cost.types import Types
+from llmspec.compiler.errors import InternalError
+from llmspec.compiler.forecast import Priced
+from llmspec.compiler.ledger.operators import kept_by_operators, kept_object
+from llmspec.compiler.ledger.shares import from_the_end, shared_out
+from llmspec.compiler.schedules import stages_of
+
+OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Bytes of one kind. part: of the ledger. unit: whose, "" where of none; uses: of it."""
+
+    part: str
+    what: str
+    unit: str
+    uses: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """`count` uses of a unit that follow each other on a rank."""
+
+    unit: str
+    run: Run
+
+    @property
+    def count(self) -> int:
+        return self.run.count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """One rank's peak. ranks: pipeline ranks that have the same. moment: which use's backward the
+    peak stands in, the later ones having gone; in_flight: micro-batches that are held meanwhile."""
+
+    ranks: tuple[int, ...]
+    ledger: Ledger
+    items: tuple[Item, ...]
+    moment: str
+    in_flight: float
+
+
+def accounts(known: Priced) -> list[Account]:
+    """Of every distinct pipeline rank, in their order."""
+    found: list[Account] = []
+    for rank, holder in enumerate(known.holders()):
+        one = _account(known, rank, holder)
+        for index, other in enumerate(found):
+            if replace(other, ranks=one.ranks) == one:
+                found[index] = replace(other, ranks=(*other.ranks, rank))
+                break
+        else:
+            found.append(one)
+    return found
+
+
+def _account(known: Priced, rank: int, holder: Holder) -> Account:
+    space, home = known.space, known.home(holder)
+    offload = known.plan.offload
+    total, _ = ledgers(holder.stage, home, space.types, space.machine, offload)
+    uses = uses_of(known, rank, holder)
+    peak = _peak(known, uses, home, holder, total)
+    items = [
+        *_stored(uses, home, space.types, total, holder.stage.tied_elements),
+        *peak.items,
+        *_buffers(known, uses, home, holder, total, peak),
+        Item("fixed", "context, collective libraries, allocator", "", 0, total.fixed),
+    ]
+    items = [item for item in items if item.size_bytes]
+    if sum(item.size_bytes for item in items) != total.total:
+        raise InternalError(f"the parts of rank {rank}'s ledger do not add up to its peak")
+    return Account(
+        ranks=(rank,),
+        ledger=total,
+        items=tuple(items),
+        moment=peak.words,
+        in_flight=peak.in_flight,
+    )
+
+
+def uses_of(known: Priced, rank: int, holder: Holder) -> list[Use]:
+    """A rank's runs, with the names of their units."""
+    shape = known.shape
+    names: list[str] = []
+    instances = known.space.graph(1).instances
+    for stage in stages_of(known.schedule, rank, len(shape.cut), shape.grid.pipeline):
+        first, stop = shape.cut[stage]
+        names += [i.unit for i in instances[first:stop]]
+    found, place = [], 0
+    for run in holder.stage.runs:
+        found.append(Use(unit=names[place], run=run))
+        place += run.count
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# What is stored
+
+
+def _stored(
+    uses: Sequence[Use], home: Residence, types: Types, total: Ledger, tied: int
+) -> Iterator[Item]:
+    """Weights, their gradients and the optimizer's state, by the elements of each unit. `tied`:
+    elements of another stage's weights."""
+    sizes = [u.count * u.run.cost.elements for u in uses] + [tied]
+    # gradients that come as the only backward goes are those of its last units
+    whole = types.gradients * sum(sizes)
+    coming = home.zero == 0 and home.data == 1 and total.gradients < whole
+    for part, what in (
+        ("parameters", "weights as stored"),
+        ("gradients", "gradients so far" if coming else "gradients"),
+        ("optimizer", "state of the optimizer"),
+    ):
+        size = getattr(total, part)
+        if part == "gradients" and coming:
+            shares = from_the_end(size, [types.gradients * n for n in sizes])
+        else:
+            shares = shared_out(size, sizes)
+        yield Item(part, f"{what}, copies of another stage's", "", 0, shares.pop())
+        for use, share in zip(uses, shares, strict=True):
+            yield Item(part, what, use.unit, use.count, share)
+
+
+# --------------------------------------------------------------------------------------------------
+# What autograd keeps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Peak:
+    items: tuple[Item, ...]
+    words: str
+    in_flight: float
+    use: Use | None
+
+
+def _peak(
+    known: Priced, uses: Sequence[Use], home: Residence, holder: Holder, total: Ledger
+) -> _Peak:
+    """The moment whose activations are the ledger's."""
+    casts = cast_bytes(home, known.space.types)
+    away = ACTIVATIONS in known.plan.offload
+    boundary = holder.stage.output_bytes if home.sends_on else 0
+    if away and home.receives and uses and away_bytes(uses[0].run):
+        boundary += uses[0].run.cost.input_bytes  # the pipeline holds it for the gradient
+    gathered = gathered_bytes(
+        holder.stage, home, known.space.types, "gradients" in known.space.machine.fused
+    )
+    # what passes to and from the host is in the buffers too
+    working = None if PARAMETERS in known.plan.offload else total.buffers - gathered
+    for in_flight in (home.in_flight, max(home.in_flight - 1, 0.0)):
+        for index, done in _moments(uses):
+            use = uses[index] if index >= 0 else None
+            if use is not None and working not in (None, use.run.cost.working_bytes):
+                continue
+            items = _alive(uses, index, done, casts, away=away)
+            of_one = sum(item.size_bytes for item in items)
+            more = _earlier(uses, in_flight, casts, boundary, away=away)
+            if of_one + sum(item.size_bytes for item in more) == total.activations:
+                at = f"in the backward of `{use.unit}`" if use else "at the end of a backward"
+                return _Peak(items=(*more, *items), words=at, in_flight=in_flight, use=use)
+    left = Item("activations", OTHER, "", 0, total.activations)
+    return _Peak(items=(left,), words="", in_flight=home.in_flight, use=None)
+
+
+def _moments(uses: Sequence[Use]) -> Iterator[tuple[int, int]]:
+    """(which run, how many of its uses have gone backward), as a micro-batch goes back; (-1, 0) is
+    its end."""
+    for index in reversed(range(len(uses))):
+        for done in range(uses[index].count):
+            yield index, done
+    yield -1, 0
+
+
+def _alive(
+    uses: Sequence[Use], index: int, done: int, casts: tuple[int, int], *, away: bool
+) -> list[Item]:
+    """Of the micro-batch that goes backward."""
+    items = []
+    for place, use in enumerate(uses[: index + 1]):
+        left = use.count - (done if place == index else 0)
+        bare, cast = _kept(use, casts, away=away)
+        items.append(Item("activations", "kept, this micro-batch", use.unit, left, left * bare))
+        items.append(Item("activations", "weights as cast, likewise", use.unit, left, left * cast))
+    if index < 0:
+        return items
+    use = uses[index]
+    again = use.run.returning_bytes(*casts)
+    items.append(Item("activations", "computed again", use.unit, 1, again))
+    if away:
+        # what computes is here, and what comes back for the one before it
+        before = use if done + 1 < use.count else uses[index - 1] if index else None
+        for one in (use, *([before] if before else [])):
+            back = Item("activations", "back from the host", one.unit, 1, away_bytes(one.run))
+            items.append(back)
+    return items
+
+
+def _earlier(
+    uses: Sequence[Use], in_flight: float, casts: tuple[int, int], boundary: int, *, away: bool
+) -> list[Item]:
+    """Of the other micro-batches in flight, and what crosses to other stages."""
+    others = max(in_flight - 1, 0.0)
+    sizes = [u.count * size for u in uses for size in _kept(u, casts, away=away)]
+    whole = round(others * sum(sizes) + in_flight * boundary)
+    crossing = min(whole, round(in_flight * boundary))
+    items = [Item("activations", "kept for other stages", "", 0, crossing)]
+    shares = shared_out(whole - crossing, sizes)
+    for use, bare, cast in zip(uses, shares[::2], shares[1::2], strict=True):
+        items.append(Item("activations", "kept, others in flight", use.unit, use.count, bare))
+        items.append(Item("activations", "weights as cast, likewise", use.unit, use.count, cast))
+    return items
+
+
+def _kept(use: Use, casts: tuple[int, int], *, away: bool) -> tuple[int, int]:
+    """Of one use on the device: by operators, and weights as they cast them."""
+    bare = use.run.kept_bytes(0, 0)
+    return bare - (away_bytes(use.run) if away else 0), use.run.kept_bytes(*casts) - bare
+
+
+# --------------------------------------------------------------------------------------------------
+# Buffers
+
+
+def _buffers(
+    known: Priced,
+    uses: Sequence[Use],
+    home: Residence,
+    holder: Holder,
+    total: Ledger,
+    peak: _Peak,
+) -> Iterator[Item]:
+    space, fused = known.space, "gradients" in known.space.machine.fused
+    stage, types = holder.stage, space.types
+    whole = gathered_bytes(stage, home, types, fused)
+    held = gathered_bytes(stage, home, types, in_place=True)
+    if home.zero == 0:
+        what = "largest weight as it is cast" if types.mixed else "largest weight's gradient"
+        yield Item("buffers", what, "", 0, whole)
+    else:
+        yield Item("buffers", "parameters as gathered", "", 0, held)
+        yield Item("buffers", "reduction of gradients", "", 0, whole - held)
+    working = peak.use.run.cost.working_bytes if peak.use else 0
+    left = total.buffers - whole - working
+    if peak.use:
+        yield Item("buffers", "working set of its largest operator", peak.use.unit, 1, working)
+    passing = PARAMETERS in known.plan.offload and left > 0
+    yield Item("buffers", "on the way from and to the host" if passing else OTHER, "", 0, left)
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def memory_object(known: Priced) -> dict[str, Any]:
+    """The object `memory` of `plan --memory --json`; docs/json.md."""
+    return {
+        "ranks": [_object(known, one) for one in accounts(known)],
+        "units": kept_object(kept_by_operators(known)),
+    }
+
+
+def _object(known: Priced, one: Account) -> dict[str, Any]:
+    across = known.plan.mesh.world_size // known.plan.mesh.pipeline
+    return {
+        "pipeline_ranks": list(one.ranks),
+        "devices": len(one.ranks) * across,
+        "peak_memory_bytes": one.ledger.total,
+        "memory_bytes": one.ledger.parts(),
+        "moment": one.moment,
+        "in_flight": one.in_flight,
+        "items": [
+            {
+                "part": item.part,
+                "what": item.what,
+                "unit": item.unit or None,
+                "uses": item.uses,
+                "bytes": item.size_bytes,
+            }
+            for item in one.items
+        ],
+    }
