@@ -30,7 +30,8 @@ class Effort:
 
     rows: of a product, and tokens of a model. widths: of products, at least two. model: layers,
     width, heads, ffn, vocab, context of the models whose operators are measured; sequences of it.
-    vector_bytes: of the vectors that measure memory, larger than any cache.
+    unit_width: of the square weight of a unit of ZeRO's. vector_bytes: of the vectors that measure
+    memory, larger than any cache.
     """
 
     seconds: float
@@ -40,6 +41,7 @@ class Effort:
     sequences: int
     vector_bytes: int
     message_bytes: tuple[int, ...]
+    unit_width: int
     steps: int
 
 
@@ -51,6 +53,7 @@ CPU = Effort(
     sequences=4,
     vector_bytes=2**26,
     message_bytes=(2**12, 2**16, 2**20, 2**22, 2**24),
+    unit_width=768,
     steps=14,
 )
 GPU = Effort(
@@ -61,6 +64,7 @@ GPU = Effort(
     sequences=4,
     vector_bytes=2**30,
     message_bytes=(2**12, 2**16, 2**20, 2**24, 2**28),
+    unit_width=8192,
     steps=30,
 )
 TINY = (1, 32, 2, 64, 64, 16)
@@ -171,6 +175,8 @@ def products(effort: Effort, dtypes: dict[str, str]) -> list[Case]:
     return found
 
 
+UNITS = 6
+"""Of ZeRO's, in a chain."""
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 
 
@@ -188,6 +194,8 @@ def task(effort: Effort, *, gpu: bool, world: int, dtypes: dict[str, str], train
         found["collectives"] = [
             {"kind": kind, "bytes": size} for kind in KINDS for size in effort.message_bytes
         ]
+        found["weights"] = [{"width": 8}]
+        found["units"] = [{"count": UNITS, "width": w} for w in (16, effort.unit_width)]
     if gpu:
         found["copies"] = [{"bytes": 2**28}]
     return found

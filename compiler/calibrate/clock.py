@@ -33,13 +33,18 @@ class Clock:
 
     def together_s(self, call: Callable[[], Any]) -> float:
         """Of a call that all processes make: each makes it equally often."""
-        for _ in range(WARM_UP):
+        return self.in_turn_s(call)[0]
+
+    def in_turn_s(self, *calls: Callable[[], Any]) -> tuple[float, ...]:
+        """Of calls that all processes make one after the other, each equally often."""
+        for call in calls * WARM_UP:
             call()
-        once = self._once(call)
+        once = sum(self._once(call) for call in calls)
         often = min(MOST, max(LEAST, int(self.seconds_each / max(once, 1e-7))))
         agreed = torch.tensor(often, device=self.device)
         torch.distributed.broadcast(agreed, 0)
-        return lower_quartile([self._once(call) for _ in range(int(agreed))])
+        rounds = [[self._once(call) for call in calls] for _ in range(int(agreed))]
+        return tuple(lower_quartile(list(times)) for times in zip(*rounds, strict=True))
 
     def engine_s(self) -> float:
         """What a call of autograd costs beside the operators that it runs."""

@@ -11,13 +11,12 @@ from typing import Any
 
 from llmspec.compiler.calibrate.cases import Case, Operators
 from llmspec.compiler.cost.compute import operator_cost, tile_efficiency
-from llmspec.compiler.cost.hardware import Machine, machine_of
+from llmspec.compiler.cost.hardware import Machine
 from llmspec.compiler.cost.network import collective_s, group
 from llmspec.compiler.cost.step import optimizer_s
 from llmspec.compiler.cost.types import Types
 from llmspec.compiler.ops.registry import entry_of, shapes_of
 from llmspec.compiler.placement import Collective
-from llmspec.dsl.program import Cluster
 
 Results = list[dict[str, Any]]
 """Of each process, what the worker leaves: measurements by their kind."""
@@ -145,7 +144,7 @@ def update_factors(results: Results, types: Types, machine: Machine) -> tuple[fl
     bare_s = optimizer_s(large["elements"], types, silent)
     worked_s = max(large["seconds"] - small["seconds"], 1e-9)
     share = min(max(bare_s / worked_s, LEAST_SHARE), MOST_SHARE)
-    return max(small["seconds"] / machine.launch_s, 1e-3), share
+    return launches_of(small["seconds"], machine), share
 
 
 # --------------------------------------------------------------------------------------------------
@@ -198,9 +197,34 @@ def link(results: Results, world: int, unit: Machine) -> Link:
     return Link(bytes_per_s=rate, latency_s=latency_s, collectives=paces)
 
 
-def unit_machine(cluster: Cluster, types: Types) -> Machine:
-    known = machine_of(cluster, types)
-    return replace(known, link_bytes_per_s=1.0, link_latency_s=1.0, collectives=())
+def weight_factors(results: Results, machine: Machine) -> tuple[float, ...]:
+    (one,) = mean_of(results, "weights")
+    return launches_of(one["forward_s"], machine), 1.0, launches_of(one["backward_s"], machine), 1.0
+
+
+def unit_factors(results: Results, machine: Machine, world: int) -> tuple[float, ...]:
+    """What a unit of ZeRO's takes beside its collectives, which the machine knows. The smaller
+    unit says the launches, the larger one the rate of its copies; float32 throughout."""
+    small, large = mean_of(results, "units")
+    where = group(world, 1, machine)
+    found: list[float] = []
+    for direction, kinds in (
+        ("forward_s", (Collective.ALL_GATHER,)),
+        ("backward_s", (Collective.ALL_GATHER, Collective.REDUCE_SCATTER)),
+    ):
+        rest = []
+        for case in (small, large):
+            sent = sum(collective_s(kind, 4 * case["width"] ** 2, where) for kind in kinds)
+            rest.append(max(case[direction] - sent, 1e-9))
+        worked_s = max(rest[1] - rest[0], 1e-9)
+        bare_s = 8 * large["width"] ** 2 / machine.memory_bytes_per_s
+        share = min(max(bare_s / worked_s, LEAST_SHARE), MOST_SHARE)
+        found += [launches_of(rest[0], machine), share]
+    return tuple(found)
+
+
+def launches_of(seconds: float, machine: Machine) -> float:
+    return max(seconds / machine.launch_s, 1e-3)
 
 
 # --------------------------------------------------------------------------------------------------

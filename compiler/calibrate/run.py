@@ -193,6 +193,9 @@ def fitted(setting: Setting, results: fit.Results, operators: cases.Operators) -
             link_latency_s=link.latency_s,
             collectives=link.collectives,
         )
+        machine, types = machine_and_types(setting, found, devices=setting.processes)
+        factors["weight"] = fit.weight_factors(results, machine)
+        factors["unit"] = fit.unit_factors(results, machine, setting.processes)
     if setting.gpu:
         (copy,) = fit.mean_of(results, "copies")
         found = replace(found, host_link_bytes_per_s=copy["bytes"] / copy["seconds"])
@@ -257,14 +260,14 @@ def spec_text(setting: Setting, found: Hardware, *, devices: int) -> str:
         text(replace(found, devices=devices))
         + cases.model_text("llama", effort.model)
         + f"train program {{\n model = m; cluster = {found.name}; dataset = synthetic\n"
-        + f" batch = {effort.sequences} sequences; steps = {effort.steps}\n"
+        + f" batch = {effort.sequences * devices} sequences; steps = {effort.steps}\n"
         + f" precision = {setting.trains}; checkpoint = none; log = every({effort.steps})\n}}\n"
         + "plan { recompute = none; offload = none }\n"
     )
 
 
-def machine_and_types(setting: Setting, found: Hardware) -> tuple[Machine, Types]:
-    loaded = dsl.load("calibrate.llmspec", text=spec_text(setting, found, devices=1))
+def machine_and_types(setting: Setting, found: Hardware, devices: int = 1) -> tuple[Machine, Types]:
+    loaded = dsl.load("calibrate.llmspec", text=spec_text(setting, found, devices=devices))
     types = types_of(loaded.train)
     return machine_of(loaded.cluster, types), types
 

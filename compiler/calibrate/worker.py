@@ -20,6 +20,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from llmspec.compiler.calibrate.clock import Clock
 
@@ -224,6 +227,62 @@ def updates(cases: list[Task], clock: Clock, rank: int) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------
+# What stands around weights that ranks share
+
+
+def weights(cases: list[Task], clock: Clock, rank: int) -> Any:
+    """A use of a weight that tensor ranks have between them, and its gradient."""
+    local: Any = importlib.import_module("runtime.parameters").local
+    devices = init_device_mesh(clock.device.type, (dist.get_world_size(),))
+    for case in cases:
+        part = torch.ones(case["width"], case["width"], device=clock.device)
+        p = torch.nn.Parameter(DTensor.from_local(part, devices, [Shard(0)], run_check=False))
+        forward_s = clock.seconds(lambda p=p: local(p))  # type: ignore[misc]
+        used, gradient = local(p), torch.ones_like(part)
+
+        def backward(p: Any = p, used: Tensor = used, gradient: Tensor = gradient) -> Any:
+            return torch.autograd.grad(used, (p,), gradient, retain_graph=True)
+
+        spent = {"forward_s": forward_s, "backward_s": clock.seconds(backward) - clock.engine_s()}
+        done(rank, "weights")
+        yield {**case, **spent}
+
+
+def units(cases: list[Task], clock: Clock, rank: int) -> Any:
+    """Forward and backward of a chain of products, each a unit of FSDP2's, less those of the same
+    chain without; of one unit."""
+    for case in cases:
+        spent = []
+        for sharded in (True, False):
+            width = case["width"]
+            layers = [torch.nn.Linear(width, width, bias=False) for _ in range(case["count"])]
+            model = torch.nn.Sequential(*layers).to(clock.device)
+            if sharded:
+                for unit in (*layers[:-1], model):  # the last layer is the root's own
+                    fully_shard(unit)
+            spent.append(steps_s(model, torch.ones(8, width, device=clock.device), clock))
+        done(rank, "units")
+        forward_s, backward_s = (
+            max(0.0, with_it - without) / case["count"]
+            for with_it, without in zip(*spent, strict=True)
+        )
+        yield {**case, "forward_s": forward_s, "backward_s": backward_s}
+
+
+def steps_s(model: torch.nn.Module, x: Tensor, clock: Clock) -> tuple[float, ...]:
+    """Seconds of forward and backward, which follow each other: the one gathers for the other."""
+    results: list[Tensor] = []
+
+    def forward() -> None:
+        results.append(model(x))
+
+    def backward() -> None:
+        results.pop().sum().backward()
+
+    return clock.in_turn_s(forward, backward)
+
+
+# --------------------------------------------------------------------------------------------------
 # Collectives
 
 
@@ -268,6 +327,8 @@ MEASURES: dict[str, Callable[[list[Task], Clock, int], Any]] = {
     "operators": operators,
     "updates": updates,
     "collectives": collectives,
+    "weights": weights,
+    "units": units,
     "copies": copies,
 }
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from llmspec.compiler.cost.hardware import Machine
+from llmspec.compiler.cost.hardware import UNIT, Machine
 from llmspec.compiler.cost.network import Group, collective_s, exposed_s
 from llmspec.compiler.cost.stage import Run, Stage
 from llmspec.compiler.cost.types import Types
@@ -141,6 +141,9 @@ def _sharded(
     gathering = opening + sum(u.count * exposed_s(g, u.forward_s, ahead) for u, g, _ in pairs)
     scattering = closing + sum(u.count * exposed_s(s, u.backward_s, share) for u, _, s in pairs)
     both = closing + sum(u.count * exposed_s(g + s, u.backward_s, share) for u, g, s in pairs)
+    gathering += copied_s(units, types.compute, machine, forward=True)
+    copied = copied_s(units, types.reduced, machine, forward=False)
+    scattering, both = scattering + copied, both + copied
     of_experts = sum(u.count * u.experts for u in units)
     size = sum(u.count * u.elements for u in units) - of_experts
     spare = sum(u.count * max(0.0, u.backward_s - s) for u, _, s in pairs)
@@ -154,6 +157,16 @@ def _sharded(
             return DataCost(first_s=gathering, backward_s=scattering, last_s=across, sends=sends)
         case _:
             return DataCost(forward_s=gathering, backward_s=both, last_s=across, sends=sends)
+
+
+def copied_s(units: list[ZeroUnit], width: int, machine: Machine, *, forward: bool) -> float:
+    """Of all units out of the buffer of their gather, or into that of their reduction: read and
+    written once."""
+    total = 0.0
+    for unit in units:
+        bare_s = 2 * width * unit.elements / machine.memory_bytes_per_s
+        total += unit.count * machine.besides_s(UNIT, bare_s, forward=forward)
+    return total
 
 
 def _sends(

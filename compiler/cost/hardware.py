@@ -140,6 +140,12 @@ class Machine:
     def backward_s(self, name: str, bare_s: float, launches: float = 1.0) -> float:
         return self._paced_s(self.operators.get(name, ())[2:], bare_s, launches)
 
+    def besides_s(self, name: str, bare_s: float, *, forward: bool) -> float:
+        """Of what counts as nothing unless it was measured: the host's work around a weight or a
+        unit of ZeRO's. GPUs have it behind their queue."""
+        found = self.operators.get(name, ())
+        return self._paced_s(found[:2] if forward else found[2:], bare_s, 0.0) if found else 0.0
+
     def _paced_s(self, found: tuple[float, ...], bare_s: float, launches: float) -> float:
         launches, share = found or (launches, 1.0)
         return bare_s / share + launches * self.launch_s
@@ -188,15 +194,19 @@ def machine_of(cluster: Cluster, types: Types) -> Machine:
     )
 
 
-UPDATE = "update"
-"""The optimizer's step and the clipping before it, among a device's `operators`."""
+UPDATE, WEIGHT, UNIT = "update", "weight", "unit"
+"""Among a device's `operators`: the optimizer's step and the clipping before it; a use of a weight
+that tensor ranks share; a unit of ZeRO's, which is copied out of its gather and into its
+reduction."""
+ROWS = {UPDATE: 2, WEIGHT: 4, UNIT: 4}
+"""How many numbers these have."""
 
 
 def _operators(cluster: Cluster) -> dict[str, tuple[float, ...]]:
     """Errors: Unsupported for a name that the dialect does not have."""
     for name, numbers in cluster.device.operators.items():
-        known = name == UPDATE or name in BY_NAME
-        if not known or len(numbers) != (2 if name == UPDATE else 4):
+        known = name in ROWS or name in BY_NAME
+        if not known or len(numbers) != ROWS.get(name, 4):
             raise Unsupported(f"`{name}` among the `operators` of a device", cluster.span)
     return dict(cluster.device.operators)
 

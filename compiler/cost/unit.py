@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from llmspec.compiler.cost.compute import OperatorCost, is_integer, local_shapes, operator_cost
-from llmspec.compiler.cost.hardware import Machine
+from llmspec.compiler.cost.hardware import WEIGHT, Machine
 from llmspec.compiler.cost.late import NOTHING_LATE, Late, late_of
 from llmspec.compiler.cost.network import Group, collective_s, exposed_s
 from llmspec.compiler.graph import Unit
@@ -360,9 +360,11 @@ def unit_cost(
     }
     kept = [*tally.extras, *(tally.bytes_of(*key) for key in tally.kept)]
     away = [size for size in kept if size and size >= into // SMALLEST_SHARE]
+    shared = len(elements) if where.ranks > 1 else 0
+    around = [shared * machine.besides_s(WEIGHT, 0.0, forward=f) for f in (True, False)]
     return UnitCost(
-        forward_s=sum(c.forward_s for c in costs),
-        backward_s=sum(c.backward_s for c in costs),
+        forward_s=sum(c.forward_s for c in costs) + around[0],
+        backward_s=sum(c.backward_s for c in costs) + around[1],
         tensor_forward_s=sum(m.forward_s for m in moves),
         tensor_backward_s=sum(m.backward_s for m in moves),
         context_forward_s=tally.sent_s["context", True],

@@ -91,6 +91,16 @@ def found_of_a_made_up_machine():
         }
         for case in task["collectives"]
     ]
+    result["weights"] = [{"width": 8, "forward_s": 30 * 5e-6, "backward_s": 90 * 5e-6}]
+    result["units"] = []
+    for case in task["units"]:
+        size = 4 * case["width"] ** 2
+        gather = collective_s(Collective.ALL_GATHER, size, group(2, 1, real))
+        scatter = collective_s(Collective.REDUCE_SCATTER, size, group(2, 1, real))
+        copied = 2 * size / TRUE["memory"] if case["width"] > 16 else 0.0
+        forward = gather + 20 * TRUE["launch"] + 2 * copied
+        backward = gather + scatter + 50 * TRUE["launch"] + 4 * copied
+        result["units"].append({**case, "forward_s": forward, "backward_s": backward})
     return fitted(SETTING, [result, result], operators), operators
 
 
@@ -115,6 +125,11 @@ def test_operators(found):
         assert share == pytest.approx(0.5, rel=1e-3), name
         assert back_share == pytest.approx(0.5, rel=1e-3), name
     assert found.operators["update"] == (pytest.approx(40), pytest.approx(0.25))
+
+
+def test_what_stands_around_weights(found):
+    assert found.operators["weight"] == pytest.approx((30, 1, 90, 1))
+    assert found.operators["unit"] == pytest.approx((20, 0.5, 50, 0.25), rel=1e-2)
 
 
 def test_collectives(found):

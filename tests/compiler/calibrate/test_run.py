@@ -20,6 +20,7 @@ TINY = replace(
     sequences=2,
     vector_bytes=2**16,
     message_bytes=(2**10, 2**20),
+    unit_width=64,
     steps=4,
 )
 SPEC = """\
@@ -62,6 +63,7 @@ def test_numbers_are_sane(written):
     assert {"linear", "attention", "rms_norm", "layer_norm", "cross_entropy"} < set(
         found["operators"]
     )
+    assert {"update", "weight", "unit"} < set(found["operators"])
     assert all(n > 0 for row in found["operators"].values() for n in row)
 
 
