@@ -274,7 +274,7 @@ def test_examples_are_listed() -> None:
     assert listed == {p.name for p in EXAMPLES}
 
 
-LARGE = ("llama3_70b", "llama3_405b")
+LARGE = ("llama3_70b", "llama3_405b", "mixtral_8x7b", "deepseek_v3", "gpt_1t")
 
 
 @pytest.mark.parametrize(
