@@ -7,7 +7,6 @@ repeated blocks, from their forward to their backward).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 from llmspec.compiler.cost.data import GATHER, DataGroups, exposed_s, sent_s, units_of
@@ -134,18 +133,22 @@ def _activations(stage: Stage, home: Residence, types: Types) -> tuple[int, int,
 
     gradients: those made so far, which counts where there is one micro-batch alone.
     """
-    uses = list(_uses(stage, *cast_bytes(home, types)))
+    runs = [_use(run, *cast_bytes(home, types)) for run in stage.runs]
     boundary = stage.output_bytes if home.sends_on else 0
-    if home.receives and uses and uses[0].away:
-        boundary += uses[0].input_bytes  # the pipeline holds it for the gradient to send back
-    stays = sum(u.stays for u in uses)
+    if home.receives and runs and runs[0].away:
+        boundary += runs[0].input_bytes  # the pipeline holds it for the gradient to send back
+    stays = sum(u.count * u.stays for u in runs)
+    grown = types.gradients if home.alone else 0
     below, made, worst = stays, 0, (0, 0, 0)
-    for i in reversed(range(len(uses))):
-        use = uses[i]
-        here = use.away + (uses[i - 1].away if i else 0)
-        worst = max(worst, (below + here + use.again, made, use.working), key=sum)
-        below -= use.stays
-        made += use.elements * types.gradients if home.alone else 0
+    for i, use in reversed(list(enumerate(runs))):
+        before = runs[i - 1].away if i else 0
+        # from one use to the one before it the sum changes evenly: the last, the second, the first
+        for later in sorted({0, max(use.count - 2, 0), use.count - 1}):
+            here = use.away + (use.away if later < use.count - 1 else before)
+            held = below - later * use.stays + here + use.again
+            worst = max(worst, (held, made + later * grown * use.elements, use.working), key=sum)
+        below -= use.count * use.stays
+        made += use.count * grown * use.elements
     worst = max(worst, (0, made, 0), key=sum)
     others = max(home.in_flight - 1, 0.0)
     earlier = round(others * stays + home.in_flight * boundary)
@@ -154,9 +157,10 @@ def _activations(stage: Stage, home: Residence, types: Types) -> tuple[int, int,
 
 @dataclass(frozen=True, slots=True)
 class _Use:
-    """One use of a unit: bytes that stay on the device, that leave it, that recomputing makes, of
-    its input, of its worst operator's backward; elements of its weights."""
+    """Each of `count` uses of a unit: bytes that stay on the device, that leave it, that
+    recomputing makes, of its input, of its worst operator's backward; elements of its weights."""
 
+    count: int
     stays: int
     away: int
     again: int
@@ -165,20 +169,17 @@ class _Use:
     elements: int
 
 
-def _uses(stage: Stage, cast: int, of_experts: int) -> Iterator[_Use]:
-    for run in stage.runs:
-        held = run.kept_bytes(cast, of_experts)
-        again = run.returning_bytes(cast, of_experts)
-        away = away_bytes(run)
-        for _ in range(run.count):
-            yield _Use(
-                stays=held - away,
-                away=away,
-                again=again,
-                input_bytes=run.cost.input_bytes,
-                working=run.working_bytes(cast),
-                elements=run.cost.elements,
-            )
+def _use(run: Run, cast: int, of_experts: int) -> _Use:
+    away = away_bytes(run)
+    return _Use(
+        count=run.count,
+        stays=run.kept_bytes(cast, of_experts) - away,
+        away=away,
+        again=run.returning_bytes(cast, of_experts),
+        input_bytes=run.cost.input_bytes,
+        working=run.working_bytes(cast),
+        elements=run.cost.elements,
+    )
 
 
 # --------------------------------------------------------------------------------------------------

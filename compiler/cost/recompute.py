@@ -207,30 +207,31 @@ class Flow:
         alive = {v for v in kept if readers[v]}
         extras = {s.name for s in self.steps.values() if s.extra_bytes and s.name not in runs}
         ran: set[str] = set()
+        now = sum(map(self.size_bytes, alive)) + sum(self.steps[n].extra_bytes for n in extras)
         worst = 0
 
-        def total() -> int:
-            besides = sum(self.steps[n].extra_bytes for n in extras)
-            return besides + sum(map(self.size_bytes, alive))
-
         def release(reader: str, values: Iterable[str]) -> None:
+            nonlocal now
             for value in values:
                 readers[value].discard(reader)
-                if not readers[value]:
-                    alive.discard(value)
+                if not readers[value] and value in alive:
+                    alive.remove(value)
+                    now -= self.size_bytes(value)
 
         def run(name: str) -> None:
-            nonlocal worst
+            nonlocal now, worst
             ran.add(name)
             step = self.steps[name]
             for value in step.reads:
                 if value in runs and value not in ran:
                     run(value)
-            if readers[name]:
+            if readers[name] and name not in alive:
                 alive.add(name)
-            if step.extra_bytes and name in ahead:
+                now += step.size_bytes
+            if step.extra_bytes and name in ahead and name not in extras:
                 extras.add(name)
-            worst = max(worst, total())
+                now += step.extra_bytes
+            worst = max(worst, now)
             release(f"again {name}", step.reads)
 
         ahead = set(self.steps)
@@ -240,9 +241,11 @@ class Flow:
             for name in wanted:
                 if name not in ran:
                     run(name)
-            worst = max(worst, total())
+            worst = max(worst, now)
             ahead.discard(step.name)
-            extras.discard(step.name)
+            if step.name in extras:
+                extras.remove(step.name)
+                now -= step.extra_bytes
             release(step.name, step.keeps)
         return worst
 

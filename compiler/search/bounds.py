@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llmspec.compiler.cost.closed import least_span_s
 from llmspec.compiler.cost.offload import (
@@ -15,6 +15,7 @@ from llmspec.compiler.cost.offload import (
 from llmspec.compiler.cost.stage import Stage
 from llmspec.compiler.schedules import Schedule
 from llmspec.compiler.search.candidates import Outline, Sketch
+from llmspec.compiler.search.meshes import Grid
 from llmspec.compiler.search.options import TensorOption
 from llmspec.compiler.search.pins import Recompute
 from llmspec.compiler.search.ranges import Ranges
@@ -54,23 +55,15 @@ class Bounds:
             microbatch=size,
             microbatches=count,
             recompute=recompute,
-            least_s=self._outline_s(sketch, option, recompute, whole),
+            least_s=self._even_span_s(whole, grid.pipeline, count),
             least_bytes=self._outline_bytes(sketch, whole, kept),
             least_whole_bytes=fixed + (of_one * whole.elements + kept) / grid.pipeline,
             busy_s=whole.busy_s,
             late_s=whole.late_s,
+            sharp=recompute is not Recompute.SELECTIVE or self._leaves(ACTIVATIONS),
         )
 
     # -- seconds
-
-    def _outline_s(
-        self, sketch: Sketch, option: TensorOption, recompute: Recompute, whole: Stage
-    ) -> float:
-        """Of all plans that place so and compute this again."""
-        return max(
-            self._even_span_s(whole, sketch.grid.pipeline, sketch.microbatches),
-            self._freed_span_s(sketch, option, recompute, whole),
-        )
 
     def scheduled_s(self, outline: Outline, interleave: int, schedule: Schedule) -> float:
         """Of an outline's plans under one schedule."""
@@ -102,21 +95,22 @@ class Bounds:
         )
         return min(spans, default=0.0)
 
-    def _freed_span_s(
-        self, sketch: Sketch, option: TensorOption, recompute: Recompute, whole: Stage
-    ) -> float:
-        """No plan that computes again what does not fit has a shorter step."""
-        if recompute is not Recompute.SELECTIVE or self._leaves(ACTIVATIONS):
-            return 0.0
-        return freed_span_s(
+    def sharpened(self, outline: Outline) -> Outline:
+        """With the bound of seconds that counts what does not fit, and is computed again."""
+        if outline.sharp:
+            return outline
+        option, size = outline.option, outline.microbatch
+        whole = self.repeats.whole(option, size, outline.recompute)
+        span = freed_span_s(
             busy_s=whole.busy_s,
             kept=whole.kept_bytes(0),
-            stored=self._stored_bytes(sketch, whole),
+            stored=self._stored_bytes(outline.grid, whole),
             budget=self.budget_bytes - self.machine.fixed_bytes,
-            s_per_byte=lambda: self._cheapest_s(option, sketch.microbatch),
-            pipeline=sketch.grid.pipeline,
-            microbatches=sketch.microbatches,
+            s_per_byte=lambda: self._cheapest_s(option, size),
+            pipeline=outline.grid.pipeline,
+            microbatches=outline.microbatches,
         )
+        return replace(outline, least_s=max(outline.least_s, span), sharp=True)
 
     def _cheapest_s(self, option: TensorOption, microbatch: int) -> float:
         """Seconds of computing again for each byte that is not kept, at the least."""
@@ -152,7 +146,8 @@ class Bounds:
 
     def _outline_bytes(self, sketch: Sketch, whole: Stage, kept: float) -> float:
         """`kept`: of one micro-batch in all stages."""
-        stored, grid = self._stored_bytes(sketch, whole), sketch.grid
+        grid = sketch.grid
+        stored = self._stored_bytes(grid, whole)
         return self.machine.fixed_bytes + evenest(stored, kept, grid.pipeline, sketch.microbatches)
 
     def shared_bytes(self, outline: Outline, zero: int, shards: int) -> float:
@@ -171,9 +166,8 @@ class Bounds:
         flying = evenest(stored, kept, grid.pipeline, outline.microbatches)
         return self.machine.fixed_bytes + flying
 
-    def _stored_bytes(self, sketch: Sketch, whole: Stage) -> float:
+    def _stored_bytes(self, grid: Grid, whole: Stage) -> float:
         """Of all stages, once, on a rank that shares with as many others as there are."""
-        grid = sketch.grid
         elements = whole.elements + (grid.expert - 1) * whole.expert_elements
         return self._least_kept(whole)[0] * elements / (grid.data * grid.context)
 

@@ -45,7 +45,8 @@ class Outline:
 
     least_s: no plan of this outline has a shorter step; least_bytes: nor a lower peak;
         least_whole_bytes: nor a lower one without ZeRO. busy_s, late_s: of one micro-batch on the
-        whole chain, and what of it a split backward leaves for later.
+        whole chain, and what of it a split backward leaves for later. sharp: `least_s` counts what
+        has to be computed again, which takes integer programs to know.
     """
 
     option: TensorOption
@@ -58,6 +59,7 @@ class Outline:
     least_whole_bytes: float
     busy_s: float = 0.0
     late_s: float = 0.0
+    sharp: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -51,6 +51,11 @@ class Chain:
         return self.graph(1).instances
 
     @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The unit of each instance."""
+        return tuple(i.unit for i in self.instances)
+
+    @cached_property
     def blocks(self) -> int:
         return len(block_starts(self.graph(1)))
 
@@ -149,9 +154,8 @@ class Chain:
         """Instances from `start` on, one for each choice of what to compute again. `alone`: the
         whole chain is one stage, so that what is tied is there once."""
         stop = start + len(chosen)
-        names = tuple(i.unit for i in self.instances[start:stop])
         ends = (start == 0, stop == len(self.instances))
-        key = (id(option), microbatch, chosen, names, ends, alone)
+        key = (id(option), microbatch, chosen, self.names[start:stop], ends, alone)
         if key not in self.stages:
             self.stages[key] = self._stage(option, microbatch, chosen, start, alone)
         return self.stages[key]

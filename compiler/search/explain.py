@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from llmspec.compiler.schedules import Schedule
 from llmspec.compiler.search.candidates import Candidate, Outline, Shape
 from llmspec.compiler.search.objective import Objective, Weight
 from llmspec.compiler.search.pins import Recompute
@@ -67,6 +68,18 @@ def shape_families(shape: Shape | Outline) -> tuple[Family, ...]:
     return tuple(names)
 
 
+def plain_families(shape: Shape, zero: int, shards: int, schedule: Schedule) -> set[Family]:
+    """Of a plan with nothing in host memory, but for those that are not looked for."""
+    names = {f for f in shape_families(shape) if f[0] not in SEEN}
+    names.add(("zero", str(zero)))
+    if zero:
+        names.add(("sharding", "hybrid" if shards < shape.grid.data else "full"))
+    if shape.grid.pipeline > 1:
+        interleave = len(shape.cut) // shape.grid.pipeline
+        names |= {("schedule", str(schedule)), ("interleave", str(interleave))}
+    return names
+
+
 def possible_families(outline: Outline, space: Space) -> set[Family]:
     """Every family that some candidate of the outline that may fit belongs to."""
     names: set[Family] = set()
@@ -115,6 +128,11 @@ class Tally:
             f in self.best or (f in self.smallest and self.smallest[f].peak_bytes < least_bytes)
             for f in families
         )
+
+    def met(self, families: set[Family], least: Weight) -> bool:
+        """Whether each family has a member that is better."""
+        known = (self.best.get(family) for family in families)
+        return all(one is not None and self.objective.of(one) < least for one in known)
 
     def settled(self, families: set[Family], least: Weight) -> bool:
         """Whether no plan with a weight of at least `least` can be any family's best; a family of

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -255,12 +256,11 @@ def fitting(
     offload: Offload,
     budget_bytes: int,
     some: bool,
-    make: Callable[[Chosen], Stage],
 ) -> Chosen | None:
     """The fastest choice for a stage's instances under the budget; None when none fits.
 
     bare: the stage with nothing computed again. blocks: the unit of each instance, "" for what
-    stands alone. make: the stage with a choice for each.
+    stands alone.
     """
     types, machine = policies.types, policies.machine
     nothing: Chosen = ((),) * len(blocks)
@@ -279,10 +279,34 @@ def fitting(
         spare = budget_bytes - total + moving_bytes(bare, home, types)
         kept_bytes, most_bytes = _limits(of_each, home, casts, spare)
     for splits in mixtures.within(home.in_flight, kept_bytes, most_bytes, some=some):
-        chosen = mixtures.spread(splits, blocks)
-        if ledgers(make(chosen), home, types, machine, offload)[0].total <= budget_bytes:
-            return chosen
+        pick = dict(zip(mixtures.units, splits, strict=True))
+        made = _mixed(of_each, pick, partial(policies.again, option, microbatch))
+        stage = Stage(made, bare.tied_elements)
+        if ledgers(stage, home, types, machine, offload)[0].total <= budget_bytes:
+            return mixtures.spread(splits, blocks)
     return None
+
+
+def _mixed(
+    runs: list[tuple[str, Run]],
+    pick: Mapping[str, Split],
+    again: Callable[[str, Operators], Again | None],
+) -> tuple[Run, ...]:
+    """The runs of a stage whose blocks compute again what is picked for their units."""
+    left = {name: split.count for name, split in pick.items()}
+    out = []
+    for name, run in runs:
+        if not name:
+            out.append(run)
+            continue
+        first = min(left[name], run.count)
+        left[name] -= first
+        split = pick[name]
+        for count, operators in ((first, split.first), (run.count - first, split.rest)):
+            if count:
+                chosen = again(name, operators)
+                out.append(Run(run.cost, count, chosen, run.repeated, run.block))
+    return tuple(out)
 
 
 def _by_run(bare: Stage, blocks: tuple[str, ...]) -> list[tuple[str, Run]]:

@@ -1,10 +1,12 @@
-"""What to compute again within one unit: the exact trade of seconds for bytes, by integer programs.
+"""What to compute again within one unit: the exact trade of seconds for bytes, by linear programs.
 
-Binary: which operators run again. Continuous between 0 and 1: which values are kept. A value that
-some operator keeps for its backward, or that an operator reads which runs again, is kept unless
-what makes it runs again; each operator runs again at most once, whoever asks. Bytes have a price:
-every answer at some price is a corner of the trade, and two neighbouring corners give the price
-between them, until no corner is left. Mixtures of corners over a stage's blocks are its line."""
+Between 0 and 1: which operators run again, which values are kept. A value that some operator keeps
+for its backward, or that an operator reads which runs again, is kept unless what makes it runs
+again; each operator runs again at most once, whoever asks. The program is that of a least cut (a
+value is cut off where somebody needs it and nothing makes it again), so that its answers are whole:
+of one that is not, what exceeds a half is an answer as good. Bytes have a price: every answer at
+some price is a corner of the trade, and two neighbouring corners give the price between them, until
+no corner is left. Mixtures of corners over a stage's blocks are its line."""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ TIE = 1e-6
 
 
 class Program:
-    """The integer program of one unit, solved at several prices."""
+    """The program of one unit, solved at several prices."""
 
     def __init__(self, flow: Flow):
         self.flow = flow
@@ -39,7 +41,6 @@ class Program:
         shape = (len(rows), len(self.steps) + len(self.values))
         matrix = csr_array((data, (lines, columns)), shape=shape)
         self.constraints = LinearConstraint(matrix, np.array(bounds), np.inf)
-        self.integral = np.array([1] * len(self.steps) + [0] * len(self.values))
         self.seconds = np.array([s.whole_s for s in self.steps] + [0.0] * len(self.values))
         sizes = [float(flow.size_bytes(v)) for v in self.values]
         self.bytes = np.array([-float(s.extra_bytes) for s in self.steps] + sizes)
@@ -73,10 +74,8 @@ class Program:
         cost = (self.seconds + price * self.bytes) / MICROSECOND + self.ties
         answer = milp(
             cost,
-            integrality=self.integral,
             bounds=Bounds(0, 1),
             constraints=self.constraints,
-            options={"mip_rel_gap": 0.0},
         )
         assert answer.status == 0, "to keep everything is always possible"
         chosen = {s.name for s in self.steps if answer.x[self.column[s.name]] > 0.5}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from llmspec.compiler.cost.memory import Residence
 from llmspec.compiler.cost.offload import Offload
 from llmspec.compiler.cost.recompute import Operators
-from llmspec.compiler.cost.stage import Stage, together
+from llmspec.compiler.cost.stage import Stage
 from llmspec.compiler.plan import EVERYTHING
 from llmspec.compiler.schedules import Schedule, stages_of
 from llmspec.compiler.search.candidates import Shape
@@ -113,14 +113,4 @@ class Repeats:
             offload=offload,
             budget_bytes=self.budget_bytes,
             some=some,
-            make=lambda chosen: self._together(shape, spans, chosen),
         )
-
-    def _together(self, shape: Shape, spans: Cut, chosen: Chosen) -> Stage:
-        """A rank's stages with a choice for each of their instances."""
-        made, place, alone = [], 0, shape.grid.pipeline == 1
-        for start, stop in spans:
-            part, place = chosen[place : place + stop - start], place + stop - start
-            option, size = shape.option, shape.microbatch
-            made.append(self.chain.stage(option, size, part, start, alone=alone))
-        return together(made)

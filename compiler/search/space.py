@@ -12,7 +12,7 @@ from llmspec.compiler.cost.offload import PARAMETERS, Offload
 from llmspec.compiler.cost.types import Types, types_of
 from llmspec.compiler.graph import ModelGraph
 from llmspec.compiler.schedules import Schedule
-from llmspec.compiler.search.bounds import Bounds
+from llmspec.compiler.search.bounds import ROUNDING, Bounds
 from llmspec.compiler.search.candidates import Candidate, Outline, Shape, Sketch
 from llmspec.compiler.search.chain import Build, Chain
 from llmspec.compiler.search.limits import Limits, steps_of
@@ -47,6 +47,7 @@ class Space:
     besides: bool = False
     host_needed: int | None = None
     styles: dict[tuple[int, int, int], list[View]] = field(default_factory=dict)
+    least: dict[tuple[object, ...], float] = field(default_factory=dict)
     known_cuts: dict[tuple[object, ...], list[Cut]] = field(default_factory=dict)
 
     @staticmethod
@@ -266,14 +267,27 @@ class Space:
         interleave: int,
         schedules: list[Schedule],
         skip: Callable[[int, int], bool] = lambda zero, shards: False,
+        lost: Callable[[Shape, int, int, Schedule], bool] = lambda *_: False,
     ) -> Iterator[Candidate]:
         """Those with so many stages on a rank, and under these schedules. `skip`: which (zero,
-        shards) are not worth a price."""
+        shards) are not worth a price; lost: which of them under which schedule."""
         sharings = [way for way in self.ranges.shardings(outline.grid) if not skip(*way)]
         for shape in self.shapes(outline, interleave) if sharings and schedules else ():
             for zero, shards in sharings:
                 for schedule in schedules:
-                    yield from self._candidates(shape, zero, shards, schedule)
+                    if not lost(shape, zero, shards, schedule):
+                        yield from self._candidates(shape, zero, shards, schedule)
+
+    def least_of(self, shape: Shape, zero: int, shards: int, schedule: Schedule) -> float:
+        """No plan that differs from this one in what it computes again, or in what is in host
+        memory, has a shorter step."""
+        bare = self.repeats.alike(shape.option, shape.microbatch, Recompute.NONE)
+        stages = self.repeats.stages(shape, bare)
+        key = (*map(id, stages), shape.grid, shape.microbatches, zero, shards, schedule)
+        if key not in self.least:
+            times = self.pricing.times(shape, stages, zero, shards, schedule, play=False)
+            self.least[key] = ROUNDING * times.total
+        return self.least[key]
 
     def smallest_of(self, outline: Outline) -> Iterator[Candidate]:
         """Of each ZeRO level the plan that shards most, for what cannot fit anyway."""

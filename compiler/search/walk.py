@@ -8,9 +8,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from llmspec.compiler.orders import Schedule
-from llmspec.compiler.search.candidates import Candidate, Outline, Sketch
-from llmspec.compiler.search.explain import Family, Tally, families_with, possible_families
+from llmspec.compiler.search.candidates import Candidate, Outline, Shape, Sketch
+from llmspec.compiler.search.explain import (
+    Family,
+    Tally,
+    families_with,
+    plain_families,
+    possible_families,
+)
 from llmspec.compiler.search.objective import Objective, Weight
+from llmspec.compiler.search.pins import Recompute
 from llmspec.compiler.search.space import Space
 
 SHORTLIST = 12
@@ -48,9 +55,13 @@ class Shortlist:
     def candidates(self) -> list[Candidate]:
         return [entry.candidate for entry in sorted(self.heap, reverse=True)]
 
+    @property
+    def full(self) -> bool:
+        return len(self.heap) == self.most
+
     def closed_to(self, least: Weight) -> bool:
         """Whether no plan with a weight of at least `least` can enter."""
-        return len(self.heap) == self.most and self.objective.of(self.heap[0].candidate) < least
+        return self.full and self.objective.of(self.heap[0].candidate) < least
 
 
 @dataclass
@@ -91,9 +102,13 @@ class Walk:
         for space in spaces:
             self._push(waiting, space, space, space.least_s, 0.0)
         while waiting:
-            least, _, space, item = heapq.heappop(waiting)
+            least, place, space, item = heapq.heappop(waiting)
             if isinstance(item, Outline):
-                self._price(space, item)
+                if not item.sharp and self._may_matter(space, item):
+                    sharp = space.bounds.sharpened(item)
+                    self._push(waiting, space, sharp, sharp.least_s, sharp.least_bytes, place)
+                else:
+                    self._price(space, item)
             elif isinstance(item, Sketch) and item.least_bytes > space.budget_bytes:
                 too_large.append((space, item))
             elif self.bound and self._beaten(least):
@@ -114,11 +129,17 @@ class Walk:
         item: Item,
         least_s: float,
         least_bytes: float,
+        place: int | None = None,
     ) -> None:
-        """Not what is too slow for the deadline."""
+        """Not what is too slow for the deadline. `place`: among its equals, that of before."""
         if least_s <= space.most_step_s:
             least = self.objective.weight(least_s, least_bytes, space.ranks)
-            heapq.heappush(waiting, (least, next(self.number), space, item))
+            number = next(self.number) if place is None else place
+            heapq.heappush(waiting, (least, number, space, item))
+
+    def _may_matter(self, space: Space, outline: Outline) -> bool:
+        fits = outline.least_bytes <= space.budget_bytes
+        return fits and not self._hopeless(space, outline)
 
     def _price(self, space: Space, outline: Outline) -> None:
         if outline.least_bytes > space.budget_bytes:
@@ -126,12 +147,12 @@ class Walk:
         elif not self._hopeless(space, outline):
             shared = possible_families(outline, space)
             shared = {f for f in shared if f[0] not in ("schedule", "interleave")}
-            skip = self._too_large(space, outline)
+            skip, lost = self._too_large(space, outline), self._too_slow(space, outline)
             for interleave, schedules in space.ranges.ways(outline.grid.pipeline):
                 left = [
                     s for s in schedules if not self._lost(space, outline, shared, interleave, s)
                 ]
-                for candidate in space.candidates_of(outline, interleave, left, skip):
+                for candidate in space.candidates_of(outline, interleave, left, skip, lost):
                     self._add(space, candidate)
 
     def _price_too_large(self, space: Space, outline: Outline) -> None:
@@ -184,6 +205,32 @@ class Walk:
         if not self.shortlist.closed_to(least):
             return False
         return self._settled(families_with(outline, zero, shards, space), least)
+
+    def _too_slow(
+        self, space: Space, outline: Outline
+    ) -> Callable[[Shape, int, int, Schedule], bool]:
+        """Whether a plan, computing nothing again and with nothing in host memory, would be the
+        best of nothing even so. Only asked where finding out what to compute again takes longer."""
+
+        def lost(shape: Shape, zero: int, shards: int, schedule: Schedule) -> bool:
+            if not self.bound and shape.recompute is not Recompute.SELECTIVE:
+                return False
+            if not self.bound and not self.shortlist.full:
+                return False
+            least_s = space.least_of(shape, zero, shards, schedule)
+            least = self.objective.weight(least_s, outline.least_bytes, space.ranks)
+            families = plain_families(shape, zero, shards, schedule)
+            if self.bound:
+                families |= {("offload", word) for o in space.offloads for word in o}
+                worth_s = least_s * self.objective.worth_offloading
+                worth = self.objective.weight(worth_s, outline.least_bytes, space.ranks)
+                return self._beaten(least) and self._met(families, worth)
+            return self.shortlist.closed_to(least) and self._met(families, least)
+
+        return lost
+
+    def _met(self, families: set[Family], least: Weight) -> bool:
+        return not self.explained or self.tally.met(families, least)
 
     def _hopeless(self, space: Space, outline: Outline) -> bool:
         least = self.objective.weight(outline.least_s, outline.least_bytes, space.ranks)
