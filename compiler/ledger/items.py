@@ -169,7 +169,7 @@ def _peak(
     for in_flight in (home.in_flight, max(home.in_flight - 1, 0.0)):
         for index, done in _moments(uses):
             use = uses[index] if index >= 0 else None
-            if use is not None and working not in (None, use.run.cost.working_bytes):
+            if use is not None and working not in (None, use.run.working_bytes(casts[0])):
                 continue
             items = _alive(uses, index, done, casts, away=away)
             of_one = sum(item.size_bytes for item in items)
@@ -258,7 +258,8 @@ def _buffers(
     else:
         yield Item("buffers", "parameters as gathered", "", 0, held)
         yield Item("buffers", "reduction of gradients", "", 0, whole - held)
-    working = peak.use.run.cost.working_bytes if peak.use else 0
+    cast = cast_bytes(home, types)[0]
+    working = peak.use.run.working_bytes(cast) if peak.use else 0
     left = total.buffers - whole - working
     if peak.use:
         yield Item("buffers", "working set of its largest operator", peak.use.unit, 1, working)
