@@ -31,6 +31,9 @@ def attention(
         mask_TS = _visible_like(q_BTHE, length, keys, causal, window, start)
     width, values = q_BTHE.shape[3], v_BSKE.shape[3]
     grouped = q_BTHE.shape[2] != k_BSKE.shape[2]
+    if grouped and not _takes_groups(q_BTHE, mask_TS):
+        k_BSKE, v_BSKE = (_for_all_heads(x, q_BTHE.shape[2]) for x in (k_BSKE, v_BSKE))
+        grouped = False
     if width != values:  # the kernels that write no square out want one width
         widest = max(width, values)
         q_BTHE, k_BSKE, v_BSKE = (_filled(x, widest) for x in (q_BTHE, k_BSKE, v_BSKE))
@@ -45,6 +48,17 @@ def attention(
     )
     out_BTHE = out_BHTE.transpose(1, 2)
     return out_BTHE[..., :values] if values < width else out_BTHE
+
+
+def _takes_groups(q_BTHE: Tensor, mask_TS: Tensor | None) -> bool:
+    """Flash attention shares key/value heads itself, and takes neither masks nor, on GPUs, float32.
+    The memory-efficient kernel takes both and shares nothing: asked to, PyTorch would write the
+    square out."""
+    return mask_TS is None and not (q_BTHE.is_cuda and q_BTHE.dtype == torch.float32)
+
+
+def _for_all_heads(x_BSKE: Tensor, heads: int) -> Tensor:
+    return x_BSKE.repeat_interleave(heads // x_BSKE.shape[2], dim=2)
 
 
 def _filled(x: Tensor, width: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -22,6 +23,7 @@ from llmspec.compiler.ops.registry import (
     register,
     shape_of,
 )
+from llmspec.dsl.units import render_bytes
 
 
 def rotary(x: Tensor, base: float) -> Tensor:
@@ -126,9 +128,41 @@ def kernel_saved(shapes: Shapes) -> Saved:
 def _attention_saved(node: fx.Node, shapes: Shapes) -> Saved:
     b, t, h, _ = shapes.operands[0]
     if not node.args[5]:
-        return kernel_saved(shapes)
+        windowed = has_mask(shapes, cast(int | None, node.args[4]))
+        return masked_saved(shapes) if windowed else kernel_saved(shapes)
     square = b * h * t * shapes.operands[1][1]
     return Saved(operands=(0, 1, 2), extra_bytes=6 * square)
+
+
+def has_mask(shapes: Shapes, window: int | None) -> bool:
+    """Whether a mask says what is seen, which is not for flash attention."""
+    return window is not None and window < shapes.operands[1][1]
+
+
+def masked_saved(shapes: Shapes) -> Saved:
+    """As `kernel_saved`, of the memory-efficient kernel (runtime/attention.py): shared keys and
+    values are repeated for every head, and PyTorch makes numbers of the mask."""
+    (b, t, h, e), (_, s, k, _), (*_, v) = shapes.operands
+    wide = kernel_saved(Shapes(((b, t, h, e), (b, s, h, e), (b, s, h, v)), shapes.result))
+    copies, kept = t * s, wide.operands
+    if h != k:
+        copies += b * s * h * ((1 in kept) * e + (2 in kept) * v)
+        kept = tuple(i for i in kept if i == 0)
+    return replace(wide, operands=kept, extra_elements=wide.extra_elements + copies)
+
+
+def _remark(node: fx.Node, shapes: Shapes, width: int) -> tuple[str, ...]:
+    if node.args[5] or not has_mask(shapes, cast(int | None, node.args[4])):
+        return ()
+    (b, t, h, e), (_, s, k, _), (*_, v) = shapes.operands
+    lines = [
+        "a window is a mask, which flash attention does not take; the memory-efficient kernel",
+        f"does: {render_bytes(width * t * s)} of numbers",
+    ]
+    if h != k:
+        lines[1] += f", and {render_bytes(width * b * s * h * (e + v))} of keys and values"
+        lines.append(f"that are repeated from {k} to {h} heads")
+    return tuple(lines)
 
 
 QUERIES = 128
@@ -188,6 +222,7 @@ register(
         model_flops=_model_flops,
         moved=_attention_moved,
         tiled=_tiled,
+        remark=_remark,
     )
 )
 

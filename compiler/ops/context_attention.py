@@ -138,6 +138,12 @@ def _repeat(node: fx.Node, shapes: Shapes) -> int:
     return math.lcm(heads, _ranks(node)) // heads
 
 
+def _windowed(node: fx.Node, shapes: Shapes) -> bool:
+    """Whether each rank's attention over all tokens goes through a mask."""
+    window = cast(int | None, node.args[4])
+    return window is not None and window < shapes.operands[1][1] * _ranks(node)
+
+
 def _ulysses_saved(node: fx.Node, shapes: Shapes) -> Saved:
     """q, k, v and the result as they are after the exchange: other tensors than the operands; heads
     of another size than the widest are filled up with zeros (see `kernel_saved`)."""
@@ -147,7 +153,10 @@ def _ulysses_saved(node: fx.Node, shapes: Shapes) -> Saved:
     queries = numel(shapes.operands[0])
     if not node.args[5]:
         repeated = _repeat(node, shapes) * shapes.operands[1][2]
-        kept = widest * b * t * (2 * h + 2 * repeated)
+        masks = 0
+        if _windowed(node, shapes):  # as `masked_saved`
+            repeated, masks = h, (t * _ranks(node)) ** 2
+        kept = widest * b * t * (2 * h + 2 * repeated) + masks
         return Saved(extra_elements=kept, extra_bytes=4 * b * t * h)
     square = b * h * t * t * _ranks(node)
     return Saved(extra_elements=queries + keys, extra_bytes=6 * square)

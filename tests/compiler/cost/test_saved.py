@@ -53,6 +53,10 @@ MODELS = {
     # a capacity that nothing is over: what is dropped is not kept
     "capacity": mixture("experts=8, top_k=3, expert=geglu(ffn=48), normalise=false, capacity=4"),
     "latent": mixture("experts=4, top_k=2, expert=swiglu(ffn=48)", LATENT),
+    # a mask, for which shared heads are repeated
+    "window": mixture(
+        "experts=4, top_k=2, expert=swiglu(ffn=48)", PLAIN.replace("causal", "causal, window=20")
+    ),
     "llama": llama(layers=2, width=64, heads=4, kv_heads=2, ffn=176, vocab=512, context=64),
     "gpt": gpt(layers=2, width=64, heads=4, vocab=512, context=64),
 }
