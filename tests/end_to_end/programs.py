@@ -59,10 +59,17 @@ class Emitted:
     files: dict[str, str]
 
     def log(self) -> list[dict[str, float]]:
-        """Every line, without what a clock says."""
-        lines = (self.folder / "log.jsonl").read_text().splitlines()
-        rows: list[dict[str, float]] = [json.loads(line) for line in lines]
+        """Every line but `measured`, without what a clock says."""
+        rows = [row for row in self._rows() if "measured_step_s" not in row]
         return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+    def measured(self) -> dict[str, float]:
+        """The last line of a run that has ended."""
+        return self._rows()[-1]
+
+    def _rows(self) -> list[dict[str, float]]:
+        lines = (self.folder / "log.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
 
     def losses(self) -> list[float]:
         return [row["loss"] for row in self.log() if "loss" in row]

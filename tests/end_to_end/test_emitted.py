@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -150,6 +151,14 @@ def test_it_needs_nothing_but_torch(emitted: dict, key: tuple[str, int]) -> None
     )
     assert done.returncode == 0, done.stderr
     assert f"step {STEPS}/{STEPS}" in done.stdout
+    # it ends with what was measured beside what the plan predicted
+    assert "predicted    measured" in done.stdout.splitlines()[-3]
+    predicted = json.loads(program.files["plan.json"])["predicted"]["predicted"]
+    measured = program.measured()
+    assert measured["step"] == STEPS
+    assert math.isclose(measured["predicted_step_s"], predicted["step_time_s"], rel_tol=1e-5)
+    assert measured["predicted_memory_bytes"] == predicted["peak_memory_bytes"]
+    assert measured["measured_step_s"] > 0 and measured["measured_memory_bytes"] > 2**25
 
 
 @pytest.mark.long
@@ -174,5 +183,4 @@ def test_it_runs_where_only_torch_is(emitted: dict, tmp_path: Path) -> None:
         env=programs.environment(),
         check=True,
     )
-    rows = (program.folder / "log.jsonl").read_text().splitlines()
-    assert [json.loads(row)["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in program.log()] == list(range(1, STEPS + 1))
