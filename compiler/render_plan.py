@@ -29,6 +29,7 @@ BLOCK_KEYS = (
     "microbatch",
     "recompute",
     "offload",
+    "kernels",
 )
 """Keys of the `plan` block that the search decides, in the language reference's order."""
 
@@ -254,6 +255,8 @@ def _block_value(plan: Plan, key: str, value: Any) -> str | None:
         case "offload" if isinstance(value, list):
             return str(value[0]) if len(value) == 1 else f"[{', '.join(value)}]"
         case "offload":
+            return None
+        case "kernels" if value == "eager":
             return None
         case "stages":
             return f"[{', '.join(map(str, value))}]"

@@ -456,6 +456,11 @@ PLAN = {
             least=None,
             words=("none", "optimizer", "activations", "parameters"),
         ),
-        PlanRow(name="kernels", least=None, words=("triton", "inductor", "eager"), now=("eager",)),
+        PlanRow(
+            name="kernels",
+            least=None,
+            words=("triton", "inductor", "eager"),
+            now=("triton", "eager"),
+        ),
     )
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -20,6 +20,7 @@ from llmspec.compiler.cost.unit import (
     sent_by,
 )
 from llmspec.compiler.graph import Unit
+from llmspec.compiler.kernels.kernel import Kernel, pick
 from llmspec.compiler.ops import collective
 from llmspec.compiler.ops.registry import entry_of, numel, shape_of, shapes_of, tensor_operands
 from llmspec.compiler.placement import Collective, Kind
@@ -102,8 +103,8 @@ class Flow:
         return self.inputs[value] if value in self.inputs else self.steps[value].size_bytes
 
     def candidates(self) -> list[Step]:
-        """Steps that may run again."""
-        return [s for s in self.steps.values() if s.name != self.result]
+        """Steps that may run again: what makes one value."""
+        return [s for s in self.steps.values() if s.name != self.result and s.node.target != pick]
 
     def kept_values(self) -> set[str]:
         """What autograd keeps when nothing is dropped."""
@@ -271,6 +272,11 @@ def flow_of(
                 inputs[node.name] = width * numel(shape_of(node))
         elif node.op == "get_attr":
             roots[node] = None
+        elif node.op == "call_function" and node.target is pick:
+            roots[node] = node.name
+            steps[node.name] = _picked(node, roots, where, machine, width, inner)
+        elif node.op == "call_function" and any(u.target is pick for u in node.users):
+            roots[node] = None
         elif node.op == "call_function" and _is_view(node):
             roots[node] = roots[tensor_operands(node)[0]]
         elif node.op == "call_function":
@@ -285,6 +291,27 @@ def _is_view(node: fx.Node) -> bool:
         move: collective.Move = node.meta["move"]
         return move.conversion.forward is Collective.NONE or move.have.kind is Kind.SHADOW
     return entry_of(node).alias
+
+
+def _picked(
+    node: fx.Node,
+    roots: dict[fx.Node, str | None],
+    where: Group,
+    machine: Machine,
+    width: int,
+    inner: Mapping[str, Group],
+) -> Step:
+    """One of several results of a kernel; the first one stands for the kernel."""
+    kernel, number = node.args
+    assert isinstance(kernel, fx.Node) and isinstance(kernel.target, Kernel), "a kernel's result"
+    whole = _step(kernel, roots, where, machine, width, inner)
+    size = width * numel(shape_of(node))
+    outputs = kernel.target.group.outputs
+    assert isinstance(number, int), "a result's place"
+    kept = {node.name} if outputs[number] in kernel.target.group.kept_outputs else set()
+    if number:
+        return Step(node.name, node, size, whole.reads, keeps=frozenset(kept))
+    return replace(whole, name=node.name, node=node, size_bytes=size, keeps=whole.keeps | kept)
 
 
 def _step(

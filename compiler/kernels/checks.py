@@ -29,16 +29,18 @@ import kernels
 # the interpreter runs on CPUs: TRITON_INTERPRET=1 python test_kernels.py
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
+GENERATOR = torch.Generator().manual_seed(1)
+
 
 def normal(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    return torch.randn(shape, generator=GENERATOR)
 
 
 def results(made: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return made if isinstance(made, tuple) else (made,)
 
 
-def compare(name: str, *given: Tensor | int | float) -> None:
+def compare(name: str, *given: Tensor | float) -> None:
     """float32 in Triton against float64 in plain PyTorch, relative to the largest number."""
     there = [g.to(DEVICE) if isinstance(g, Tensor) else g for g in given]
     wide = [g.double() if isinstance(g, Tensor) and g.is_floating_point() else g for g in given]

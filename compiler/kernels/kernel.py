@@ -37,6 +37,9 @@ class Kernel:
             flops=lambda node, shapes: sum(_flops(n) for n in group.members),
             saved=lambda node, shapes: _saved(group),
             render=lambda node, args, local: _render(group, args),
+            buffers=lambda node, shapes, width: (
+                (len(group.outputs) - 1) * group.rows * group.columns * width
+            ),
             moved=lambda node, shapes, width, fused: (
                 float(group.forward_bytes(width)),
                 float(group.backward_bytes(width)),

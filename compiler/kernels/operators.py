@@ -21,13 +21,17 @@ class OperatorPrinter:
 
     def __post_init__(self) -> None:
         kept = [e for _, e in self.backward.reads] if self.backward is not None else []
-        self.kept_inputs = [n for n, e in self.forward.reads if any(e is k for k in kept)]
+        reads = [(n, e) for n, e in self.forward.reads if any(e is k for k in kept)]
+        given = {i.name for i in self.group.inputs if i.node is not None}
+        self.kept_inputs = [n for n, _ in reads if n in given]
+        self.extras = [n for n, _ in reads if n not in given]
         self.results = [o.name for o in self.group.outputs]
         self.results += [e.label for e in self.group.kept_inside]
         pairs = zip(self.results, self.group.written, strict=True)
         self.kept_results = [n for n, e in pairs if any(e is k for k in kept)]
         self.kept = [*self.kept_results, *self.kept_inputs]
-        self.masked = self.backward is not None and self.backward.draws
+        if self.backward is not None and self.backward.draws:
+            self.extras += SCALARS
 
     @property
     def own_name(self) -> str:
@@ -52,7 +56,7 @@ class OperatorPrinter:
 
     def _keep(self) -> None:
         t, summed = self.text, self._summed()
-        used = {*self.kept_inputs, *summed, *(SCALARS if self.masked else ())}
+        used = {*self.kept_inputs, *self.extras, *summed}
         with t.block(f"def _keep_{self.group.name}(ctx, inputs, output) -> None:"):
             if used:
                 given = [n for n, _ in self.forward.reads] + list(self.forward.scalars)
@@ -61,8 +65,8 @@ class OperatorPrinter:
                 given = [n if n in self.kept_results else "_" for n in self.results]
                 t.line(f"{', '.join(given)} = output")
             t.line(f"ctx.save_for_backward({', '.join(self.kept)})")
-            if self.masked:
-                t.line(f"ctx.mask = {', '.join(SCALARS)}")
+            if self.extras:  # no activations: all layers share them
+                t.line(f"ctx.extras = {', '.join(self.extras)}")
             for name in summed:
                 t.line(f"ctx.{name}_shape = {name}.shape")
         t.blank(2)
@@ -99,10 +103,12 @@ class OperatorPrinter:
     def _call_backward(self, backward: Direction) -> dict[int, str]:
         if self.kept:
             self.text.line(f"{_unpacked(self.kept)} = ctx.saved_tensors")
+        if self.extras:
+            self.text.line(f"{_unpacked(self.extras)} = ctx.extras")
         body = triton_body(backward.roots, backward.names)
         body.run()
         results = [body.argument(r) for r in backward.roots]
-        given = [n for n, _ in backward.reads] + (["*ctx.mask"] if backward.draws else [])
+        given = [n for n, _ in backward.reads] + list(backward.scalars)
         self.text.line(f"{', '.join(results)} = {backward.name}({', '.join(given)})")
         return {id(e): n for n, e in zip(results, backward.roots, strict=True)}
 

@@ -108,6 +108,7 @@ def _in_product(node: fx.Node) -> bool:
 class _Fuser:
     unit: Unit
     again: Sequence[Again]
+    one_result: bool = False
     order: dict[fx.Node, int] = field(default_factory=dict)
     made: dict[tuple[fx.Node, ...], Group] = field(default_factory=dict)
     part_of: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
@@ -177,7 +178,7 @@ class _Fuser:
         if any(any(r) and not all(r) for r in runs):
             return False
         group = self.group(nodes)
-        if any(any(r) for r in runs) and len(group.outputs) > 1:
+        if (self.one_result or any(any(r) for r in runs)) and len(group.outputs) > 1:
             return False
         return self._sound(group)
 
@@ -276,10 +277,10 @@ def kept_by(node: fx.Node) -> set[fx.Node]:
 # The graph with kernels
 
 
-def fuse_unit(unit: Unit, again: Sequence[Again] = ()) -> Unit:
+def fuse_unit(unit: Unit, again: Sequence[Again] = (), *, one_result: bool = False) -> Unit:
     """`unit`: lowered. `again`: of each of its uses, what it computes again in its backward; lists
-    of names alone matter."""
-    groups = _Fuser(unit, again).run()
+    of names alone matter. one_result: of every kernel, so that each may be computed again."""
+    groups = _Fuser(unit, again, one_result).run()
     if not groups:
         return unit
     return _rewrite(unit, groups)
@@ -343,3 +344,13 @@ def _add_kernel(graph: fx.Graph, group: Group, new: dict[fx.Node, fx.Node]) -> N
         )
         picked.meta = dict(output.node.meta) | {"scope": node.meta["scope"]}
         new[output.node] = picked
+
+
+def members_of(unit: Unit) -> dict[str, tuple[str, ...]]:
+    """By the names of nodes of a fused unit, the operators that each stands for."""
+    return {
+        n.name: tuple(m.name for m in n.target.group.members)
+        if isinstance(n.target, Kernel)
+        else (n.name,)
+        for n in unit.calls()
+    }

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from llmspec.compiler.cost.fused import with_kernels
 from llmspec.compiler.cost.hardware import Machine
 from llmspec.compiler.cost.network import inner_groups
 from llmspec.compiler.cost.stage import Run, Stage
 from llmspec.compiler.cost.types import Types
 from llmspec.compiler.cost.unit import UnitCost, resolve, unit_cost
-from llmspec.compiler.graph import Instance, ModelGraph
+from llmspec.compiler.graph import Instance, ModelGraph, Unit
 from llmspec.compiler.search.meshes import divisors
 from llmspec.compiler.search.options import Solved, TensorOption, seen_as, tensor_options
 from llmspec.compiler.search.policies import Chosen, Policies
@@ -31,6 +32,7 @@ class Chain:
     build: Build
     machine: Machine
     types: Types
+    kernels: str = "eager"
     graphs: dict[tuple[int, View], ModelGraph] = field(default_factory=dict)
     operators: dict[int, Operators] = field(default_factory=dict)
     options: dict[tuple[object, ...], list[TensorOption]] = field(default_factory=dict)
@@ -76,7 +78,7 @@ class Chain:
 
     @cached_property
     def policies(self) -> Policies:
-        return Policies(self.graph, self.sample, self.machine, self.types)
+        return Policies(self.graph, self.sample, self.machine, self.types, self.kernels)
 
     def sample(self, microbatch: int) -> int:
         """The micro-batch at which placements and what to compute again are found: one sequence
@@ -136,17 +138,19 @@ class Chain:
         key = (id(option), microbatch)
         if key not in self.unit_costs:
             self.unit_costs[key] = {
-                name: unit_cost(
-                    unit,
-                    resolve(unit, option.placements[name], option.ranks),
-                    option.where,
-                    self.machine,
-                    self.types.compute,
-                    option.inner,
-                )
+                name: self._cost(option, microbatch, unit)
                 for name, unit in self.graph(microbatch, option.view).units.items()
             }
         return self.unit_costs[key]
+
+    def _cost(self, option: TensorOption, microbatch: int, unit: Unit) -> UnitCost:
+        layout = resolve(unit, option.placements[unit.name], option.ranks)
+        width, machine = self.types.compute, self.machine
+        cost = unit_cost(unit, layout, option.where, machine, width, option.inner)
+        if self.kernels == "eager":
+            return cost
+        at = (option, microbatch, unit.name)
+        return with_kernels(cost, self.policies.apart(*at), self.policies.fused(*at))
 
     def stage(
         self, option: TensorOption, microbatch: int, chosen: Chosen, start: int, *, alone: bool

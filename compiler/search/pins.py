@@ -11,10 +11,11 @@ from llmspec.compiler.cost.offload import Offload
 from llmspec.compiler.errors import Unsupported
 from llmspec.dsl.program import Constraint, Option, Program, Relation
 
-ONLY: dict[str, tuple[Option, ...]] = {
-    "kernels": ("eager",),
-}
-"""Keys whose value the search does not choose yet, and what they may say."""
+KERNELS = ("eager", "triton")
+"""What runs the operators, the first that the lines allow."""
+
+ONLY: dict[str, tuple[Option, ...]] = {"kernels": KERNELS}
+"""Keys that the search does not weigh, and what they may say."""
 
 SEARCHED = (
     "data",
@@ -66,7 +67,8 @@ class Pins:
         for constraint in program.plan:
             known = ONLY.get(constraint.key)
             if known is not None and not any(constraint.allows(v) for v in known):
-                raise Unsupported(f"`{constraint.key}` other than {known[0]}", constraint.span)
+                words = " or ".join(map(str, known))
+                raise Unsupported(f"`{constraint.key}` other than {words}", constraint.span)
             if known is None and constraint.key not in SEARCHED:
                 raise Unsupported(f"the plan key `{constraint.key}`", constraint.span)
         return Pins(program.plan)
@@ -79,6 +81,9 @@ class Pins:
 
     def allowed(self, key: str, values: Iterable[int]) -> list[int]:
         return [v for v in values if self.allows(key, v)]
+
+    def kernels(self) -> str:
+        return next(word for word in KERNELS if self.allows("kernels", word))
 
     def offloads(self) -> tuple[Offload, ...]:
         """Of all ways to use host memory those that the lines allow."""

@@ -6,11 +6,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 
+from llmspec.compiler.cost.fused import Computing, computing
 from llmspec.compiler.cost.hardware import Machine
 from llmspec.compiler.cost.memory import Residence, cast_bytes, moving_bytes
 from llmspec.compiler.cost.offload import ACTIVATIONS, Offload, ledgers
@@ -21,6 +22,7 @@ from llmspec.compiler.errors import Refused
 from llmspec.compiler.graph import ModelGraph, Unit
 from llmspec.compiler.ops import collective
 from llmspec.compiler.ops.registry import entry_of
+from llmspec.compiler.passes.fuse import fuse_unit, members_of
 from llmspec.compiler.passes.shard import shard_unit, whole_placement
 from llmspec.compiler.plan import EVERYTHING
 from llmspec.compiler.search.options import TensorOption
@@ -50,19 +52,66 @@ class Policies:
     sample: Callable[[int], int]
     machine: Machine
     types: Types
+    kernels: str = "eager"
+    units: dict[tuple[int, int, str], Unit] = field(default_factory=dict)
     flows: dict[tuple[int, int, str], Flow] = field(default_factory=dict)
+    kernel_flows: dict[tuple[object, ...], tuple[Flow, Computing]] = field(default_factory=dict)
     priced: dict[tuple[int, int, str, Operators], Again | None] = field(default_factory=dict)
     found: dict[tuple[int, int, str], tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     lists: dict[tuple[int, int, str], list[Again]] = field(default_factory=dict)
     mixtures: dict[tuple[object, ...], Mixtures] = field(default_factory=dict)
 
+    def unit(self, option: TensorOption, microbatch: int, name: str) -> Unit:
+        """Lowered, its operators apart."""
+        key = (id(option), microbatch, name)
+        if key not in self.units:
+            self.units[key] = lowered(self.graph(microbatch, option.view), option, name)
+        return self.units[key]
+
     def flow(self, option: TensorOption, microbatch: int, name: str) -> Flow:
+        """Of the unit with its operators apart."""
         key = (id(option), microbatch, name)
         if key not in self.flows:
-            unit = lowered(self.graph(microbatch, option.view), option, name)
-            width = self.types.compute
-            self.flows[key] = flow_of(unit, option.where, self.machine, width, option.inner)
+            self.flows[key] = self._flow(option, self.unit(option, microbatch, name))
         return self.flows[key]
+
+    def _flow(self, option: TensorOption, unit: Unit) -> Flow:
+        return flow_of(unit, option.where, self.machine, self.types.compute, option.inner)
+
+    def apart(self, option: TensorOption, microbatch: int, name: str) -> tuple[Flow, Computing]:
+        unit = self.unit(option, microbatch, name)
+        cost = computing(unit, self.machine, self.types.compute)
+        return self.flow(option, microbatch, name), cost
+
+    def fused(
+        self, option: TensorOption, microbatch: int, name: str, again: Operators = ()
+    ) -> tuple[Flow, Computing]:
+        """With its kernels, where one use of the unit computes operators again."""
+        listed = () if isinstance(again, str) else again
+        key = (id(option), microbatch, name, listed)
+        if key not in self.kernel_flows:
+            unit = fuse_unit(self.unit(option, microbatch, name), [listed] if listed else ())
+            cost = computing(unit, self.machine, self.types.compute)
+            self.kernel_flows[key] = self._flow(option, unit), cost
+        return self.kernel_flows[key]
+
+    def price(
+        self, option: TensorOption, microbatch: int, name: str, operators: Operators
+    ) -> Again:
+        """Of what one use of a unit computes again. Kernels fall apart where a part of them alone
+        is computed again: what that costs counts as computing again."""
+        if self.kernels == "eager":
+            return self.flow(option, microbatch, name).again(operators)
+        flow, cost = self.fused(option, microbatch, name, operators)
+        if isinstance(operators, str):
+            return flow.again(operators)
+        made = flow.again(tuple(n for n in operators if n in flow.steps))
+        slower_s = cost.whole_s - self.fused(option, microbatch, name)[1].whole_s
+        return replace(
+            made,
+            operators=operators if made.operators else (),
+            forward_s=made.forward_s + slower_s * self.machine.pinned,
+        )
 
     def again(
         self, option: TensorOption, microbatch: int, name: str, operators: Operators
@@ -70,7 +119,7 @@ class Policies:
         """The price of a choice for one use of a unit; None when nothing runs again."""
         key = (id(option), microbatch, name, operators)
         if key not in self.priced:
-            made = self.flow(option, microbatch, name).again(operators) if operators else None
+            made = self.price(option, microbatch, name, operators) if operators else None
             self.priced[key] = made if made and made.operators else None
         return self.priced[key]
 
@@ -80,18 +129,26 @@ class Policies:
         at = (id(option), microbatch, name)
         if at not in self.lists:
             size = self.sample(microbatch)
-            key, flow = (id(option), size, name), self.flow(option, microbatch, name)
+            key = (id(option), size, name)
             if key not in self.found:
-                self.found[key] = corners(self.flow(option, size, name))
+                self.found[key] = self._corners(option, size, name)
             sets: list[Operators] = [*self.found[key], EVERYTHING]
-            self.lists[at] = [flow.again(operators) for operators in sets]
+            self.lists[at] = [self.price(option, microbatch, name, s) for s in sets]
         return self.lists[at]
+
+    def _corners(self, option: TensorOption, size: int, name: str) -> tuple[tuple[str, ...], ...]:
+        if self.kernels == "eager":
+            return corners(self.flow(option, size, name))
+        unit = fuse_unit(self.unit(option, size, name), one_result=True)
+        members = members_of(unit)
+        found = corners(self._flow(option, unit))
+        return tuple(tuple(m for n in names for m in members[n]) for names in found)
 
     def listed(
         self, option: TensorOption, microbatch: int, name: str, names: Sequence[str]
     ) -> Operators:
         """What a unit computes again when operators are listed: what its backward asks for."""
-        unit = lowered(self.graph(microbatch, option.view), option, name)
+        unit = self.unit(option, microbatch, name)
         return self.flow(option, microbatch, name).again(listed(unit, names)).operators
 
     def mix(

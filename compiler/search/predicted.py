@@ -77,7 +77,7 @@ def plan_object(space: Space, found: Candidate) -> Number:
         "recompute": recompute_word(space, found),
         "recompute_by_unit": recompute_words(space, found),
         "offload": list(found.offload) or "none",
-        "kernels": "eager",
+        "kernels": space.chain.kernels,
         "loss_rows": shape.option.view.loss_rows,
         "world_size": mesh.world_size,
         "microbatches": shape.microbatches,

@@ -55,8 +55,8 @@ class Space:
         """Errors: Unsupported for what cannot be priced or pinned yet."""
         types = types_of(program.train)
         machine = machine_of(program.cluster, types)
-        chain, pricing = Chain(build, machine, types), Pricing(machine, types)
-        return _space(program, Pins.of(program), chain, pricing)
+        pins, pricing = Pins.of(program), Pricing(machine, types)
+        return _space(program, pins, Chain(build, machine, types, pins.kernels()), pricing)
 
     def pinned(self, pins: Pins) -> Space:
         """The same program under other lines."""

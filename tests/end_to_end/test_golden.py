@@ -25,8 +25,9 @@ def test_golden(name: str, golden: Golden) -> None:
     assert isinstance(found, Found), f"no plan fits: {found}"
     files = driver.emit_plan(session, found.plan)
     golden.check(f"plans/{name}.txt", render_found(found) + "\n")
-    for file in ("model.py", "train.py"):
-        golden.check(f"emitted/{name}/{file}", files[file])
+    for file in ("model.py", "train.py", "kernels.py", "test_kernels.py"):
+        if file in files:
+            golden.check(f"emitted/{name}/{file}", files[file])
 
 
 def test_no_orphans() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,8 +31,8 @@ def python(arguments: list[str], cwd: Path = ROOT, **variables: str) -> str:
 
 def program(model: str, folder: Path, pins: str = "microbatch = 4") -> dict[str, str]:
     """The emitted program with kernels, written."""
-    session, plan = planned(spec_text(MODELS[model], 1, 8, pins))
-    files = driver.emit_plan(session, replace(plan, kernels="triton"))
+    session, plan = planned(spec_text(MODELS[model], 1, 8, f"{pins}; kernels = triton"))
+    files = driver.emit_plan(session, plan)
     write(files, folder)
     return files
 

@@ -80,7 +80,7 @@ def test_pins_that_contradict_the_cluster_are_refused():
     with pytest.raises(Refused, match="no mesh of 8 devices"):
         run(spec)
     with pytest.raises(Unsupported, match="kernels"):
-        run(program(tiny_llama(), cluster(1, 8), batch=8, plan=(pin("kernels", "triton"),)))
+        run(program(tiny_llama(), cluster(1, 8), batch=8, plan=(pin("kernels", "inductor"),)))
 
 
 MIDDLING = llama(layers=4, width=1024, heads=8, kv_heads=4, ffn=2048, vocab=8192, context=512)

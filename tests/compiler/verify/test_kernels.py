@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from llmspec.compiler import driver
@@ -31,8 +29,8 @@ MORE: list[Case] = [
 
 def check(model: str, case: Case) -> None:
     devices, batch, pins = case
-    session, plan = planned(spec_text(MODELS[model], devices, batch, pins))
-    plan = replace(plan, kernels="triton")
+    text = spec_text(MODELS[model], devices, batch, f"{pins}; kernels = triton")
+    session, plan = planned(text)
     layer = driver.lower_plan(session, plan).units["layer"]
     assert sum(isinstance(n.target, Kernel) for n in layer.calls()) >= 2
     report, small = verify_plan(session, plan, largest=4)
