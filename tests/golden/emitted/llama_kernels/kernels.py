@@ -1,4 +1,4 @@
-"""Emitted by llmspec from llama_kernels.llmspec. Spec fff24e7f24c9, plan e33498.
+"""Emitted by llmspec from llama_kernels.llmspec. Spec fff24e7f24c9, plan 78b9b4.
 Change the spec or the plan, then: llmspec compile llama_kernels.llmspec
 
 Operators that one kernel computes together. Each is here twice: in plain PyTorch, which CPUs
