@@ -30,7 +30,8 @@ from llmspec.compiler.ops.collective import Move
 from llmspec.compiler.ops.registry import Sends
 from llmspec.compiler.plan import Plan, from_json
 from llmspec.compiler.search.search import Found, Infeasible, search
-from llmspec.dsl import Diagnostic, load
+from llmspec.compiler.search.tradeoffs import Front, WhyNot, pareto, why_not
+from llmspec.dsl import Diagnostic, load, parse_plan_lines
 from llmspec.dsl.program import HuggingFaceModel, Model, Program, PythonModel
 
 
@@ -103,6 +104,23 @@ def find_plan(session: Session) -> Found | Infeasible:
     """Search. Errors: Refused for a fault that only the search can see."""
     try:
         return search(session.program, session.graph)
+    except Unsupported as error:
+        raise refused(error) from None
+
+
+def find_front(session: Session) -> Front | Infeasible:
+    """Memory against time. Errors: as of `find_plan`."""
+    try:
+        return pareto(session.program, session.graph)
+    except Unsupported as error:
+        raise refused(error) from None
+
+
+def ask_why_not(session: Session, text: str) -> WhyNot | Infeasible:
+    """`text`: lines of a plan block, with commas or `;` between them. Errors: as of `find_plan`."""
+    lines = parse_plan_lines(text, session.program)
+    try:
+        return why_not(session.program, session.graph, lines)
     except Unsupported as error:
         raise refused(error) from None
 

@@ -23,6 +23,7 @@ __all__ = [
     "load",
     "nearest_codes",
     "parse_plan_block",
+    "parse_plan_lines",
     "read_source",
 ]
 
@@ -53,6 +54,14 @@ def explicit(program: Program) -> str:
     from llmspec.dsl.spell_out import explicit_text
 
     return explicit_text(program)
+
+
+def parse_plan_lines(text: str, program: Program) -> tuple[Constraint, ...]:
+    """`tensor = 4, zero in [1, 3]`: lines of a `plan` block, checked against a program's model,
+    cluster, batch, and the lines of its own block for other keys. Errors: SpecError."""
+    from llmspec.dsl.plans import parse_lines
+
+    return parse_lines(text, program)
 
 
 def parse_plan_block(text: str) -> tuple[Constraint, ...]:

@@ -13,7 +13,17 @@ from llmspec.dsl.hardware import unknown_key
 from llmspec.dsl.options import PLAN, STAGES_ON_A_RANK, PlanRow
 from llmspec.dsl.parameters import count_blocks, operators_of
 from llmspec.dsl.parse import parse
-from llmspec.dsl.program import AnyModel, Cluster, Constraint, Model, Option, Relation, Span, Train
+from llmspec.dsl.program import (
+    AnyModel,
+    Cluster,
+    Constraint,
+    Model,
+    Option,
+    Program,
+    Relation,
+    Span,
+    Train,
+)
 from llmspec.dsl.values import Value, Word, evaluate, no_meaning, show, whole
 
 AXES = ("data", "tensor", "context", "pipeline")
@@ -619,9 +629,36 @@ RULES: tuple[Callable[[Pins], None], ...] = (
 )
 
 
+def parse_lines(text: str, program: Program) -> tuple[Constraint, ...]:
+    """`tensor = 4, zero in [1, 3]`: lines of a plan block, and the rest of the program's block for
+    other keys. Errors: SpecError, for what no plan of the program can keep too."""
+    depth, block = 0, ""
+    for sign in text:
+        depth += (sign in "([") - (sign in ")]")
+        block += ";" if sign == "," and not depth else sign
+    block = f"plan {{ {block} }}"
+    lines = parse_block(block)
+    keys = {line.key for line in lines}
+    others = tuple(line for line in program.plan if line.key not in keys)
+    pins = Pins(
+        constraints=(*others, *lines),
+        model=program.model,
+        cluster=program.cluster,
+        train=program.train,
+    )
+    faults = check_pins(pins)
+    if faults:
+        raise SpecError([f.diagnostic for f in faults], {BLOCK: block})
+    return lines
+
+
+BLOCK = "plan"
+"""The path of a block that is in no file."""
+
+
 def parse_block(text: str) -> tuple[Constraint, ...]:
     """Errors: SpecError."""
-    path = "plan"
+    path = BLOCK
     file, diagnostics = parse(path, text)
     found: list[Constraint] = []
     sections = [d for d in file.declarations if isinstance(d, syntax.Section) and d.kind == "plan"]

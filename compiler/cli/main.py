@@ -55,10 +55,17 @@ def parser() -> argparse.ArgumentParser:
     spec(plan)
     plan.add_argument("--save", metavar="FILE", help="write the plan as JSON")
     plan.add_argument("--check", metavar="FILE", help="exit 3 if the plan differs from this one")
-    plan.add_argument(
+    asked = plan.add_mutually_exclusive_group()
+    asked.add_argument(
         "--memory", action="store_true", help="what memory holds at the peak, item by item"
     )
-    plan.add_argument("--explicit", action="store_true", help="print the spec, defaults filled in")
+    asked.add_argument(
+        "--pareto", action="store_true", help="memory against time: the plans that nothing beats"
+    )
+    asked.add_argument(
+        "--why-not", metavar="PINS", help='"tensor = 4, pipeline = 2": their best beside the plan'
+    )
+    asked.add_argument("--explicit", action="store_true", help="print the spec, defaults filled in")
 
     diff = verb("diff", planning.diff, "what differs between two plans; exit 3 if anything does")
     for name in ("before", "after"):

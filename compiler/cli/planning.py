@@ -12,6 +12,7 @@ from llmspec.compiler.cli.console import (
     CHANGED,
     DIAGNOSTICS,
     OK,
+    fault,
     product,
     product_json,
     show_faults,
@@ -24,12 +25,20 @@ from llmspec.compiler.ledger.items import memory_object
 from llmspec.compiler.ledger.words import render_memory
 from llmspec.compiler.plan import Plan, from_json, to_json
 from llmspec.compiler.render_plan import (
+    Face,
     face,
     infeasible_fault,
     render_found,
     render_plan,
 )
+from llmspec.compiler.render_tradeoffs import (
+    front_face,
+    render_front,
+    render_why_not,
+    why_not_face,
+)
 from llmspec.compiler.search.search import Found, Infeasible
+from llmspec.compiler.search.tradeoffs import Front
 
 
 def plan(options: Namespace) -> int:
@@ -41,6 +50,8 @@ def plan(options: Namespace) -> int:
         else:
             product(text)
         return OK
+    if options.pareto or options.why_not:
+        return tradeoff(session, options)
     found = searched(session, options.spec)
     if isinstance(found, Infeasible):
         return no_plan(found, as_data=options.json)
@@ -51,6 +62,28 @@ def plan(options: Namespace) -> int:
         Path(options.save).write_text(to_json(found.plan))
         status("Saved", f"{options.save}. Next: llmspec compile {options.save}")
     return compare(options.check, found.plan) if options.check else OK
+
+
+def tradeoff(session: Session, options: Namespace) -> int:
+    """What is asked beside the plan: the front, or why not another."""
+    if options.save or options.check:
+        return fault("`--save` and `--check` are of the plan that is chosen, not of what is asked")
+    status("Checked", options.spec)
+    asked = options.why_not
+    found = driver.ask_why_not(session, asked) if asked else driver.find_front(session)
+    if isinstance(found, Infeasible):
+        return no_plan(found, as_data=options.json)
+    if isinstance(found, Front):
+        return answer(front_face(found), render_front(found), as_data=options.json)
+    return answer(why_not_face(asked, found), render_why_not(asked, found), as_data=options.json)
+
+
+def answer(data: Face, text: str, *, as_data: bool) -> int:
+    if as_data:
+        product_json(data)
+    else:
+        product(text)
+    return OK
 
 
 def searched(session: Session, name: str) -> Found | Infeasible:

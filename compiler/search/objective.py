@@ -27,11 +27,11 @@ class Objective:
     weights of plans, number by number, and in the order of tuples: whatever is preferred, the
     search leaves out what it does by this alone.
 
-    worth_offloading: of the step, what host memory has to bring.
+    exact: nothing is rounded, and host memory is as good as any other.
     """
 
     prefer: Prefer
-    worth_offloading: float = WORTH_OFFLOADING
+    exact: bool = False
 
     def weight(self, step_s: float, peak_bytes: float, ranks: int) -> Weight:
         match self.prefer:
@@ -40,9 +40,17 @@ class Objective:
             case Prefer.FEWEST_GPUS:
                 return ranks, step_s
             case Prefer.MEMORY:
-                return digits(peak_bytes), step_s
+                return self._rounded(peak_bytes), step_s
             case Prefer.COST:  # all plans take as many steps, on devices of one price
-                return digits(step_s * ranks), step_s
+                return self._rounded(step_s * ranks), step_s
+
+    def _rounded(self, value: float) -> float:
+        return value if self.exact else digits(value)
+
+    @property
+    def worth_offloading(self) -> float:
+        """What host memory has to bring, of the step."""
+        return 1.0 if self.exact else WORTH_OFFLOADING
 
     def of(self, found: Candidate) -> Weight:
         """Infinite for what does not fit."""
@@ -52,7 +60,7 @@ class Objective:
     def rank(self, found: Candidate) -> tuple[object, ...]:
         """The order of plans: the weight, then simplicity."""
         *first, last = self.of(found)
-        return (*first, digits(last), *found.simplicity)
+        return (*first, self._rounded(last), *found.simplicity)
 
     @property
     def smaller_is_better(self) -> bool:

@@ -13,6 +13,7 @@ from llmspec.compiler.cost.unit import resolve
 from llmspec.compiler.errors import Refused
 from llmspec.compiler.passes.recompute import stretches
 from llmspec.compiler.plan import Plan
+from llmspec.compiler.search.best import chosen_of
 from llmspec.compiler.search.blocks import Problem, time_prices
 from llmspec.compiler.search.candidates import Candidate
 from llmspec.compiler.search.chain import Build
@@ -71,17 +72,15 @@ def search(program: Program, build: Build) -> Found | Infeasible:
     pins that no mesh satisfies.
     """
     with no_collection():
-        return _search(program, build)
+        return search_all(program, build)
 
 
-def _search(program: Program, build: Build) -> Found | Infeasible:
+def search_all(program: Program, build: Build) -> Found | Infeasible:
+    """`search`, with the collector as it is."""
     start = time.perf_counter()
     space = Space.of(program, build)
     spaces = space.by_nodes()
     check_meshes(spaces)
-    listing = space.pins.listing("recompute")
-    if listing is not None:
-        check_listed(space.graph(1), space.pins.recomputed_operators(), listing.span)
     walk = Walk(spaces, space.objective)
     walk.run()
     if walk.fit:
@@ -93,14 +92,12 @@ def _search(program: Program, build: Build) -> Found | Infeasible:
     needed = [s.host_needed for s in spaces if s.host_needed is not None]
     if needed:
         raise _no_host_memory(space, min(needed))
-    raise _no_mesh(program, "no plan satisfies every line of the `plan` block")
+    raise no_mesh(program, "no plan satisfies every line of the `plan` block")
 
 
 def _found(space: Space, walk: Walk, start: float) -> Found:
-    pool = {id(c): c for c in [*walk.shortlist.candidates(), *walk.tally.best.values()]}
-    played = {key: space.played(c) for key, c in pool.items()}
+    winner, played = chosen_of(space, walk)
     ranked = sorted(played.values(), key=space.objective.rank)
-    winner = ranked[0]
     runners = distinct(ranked)[: 1 + RUNNERS_UP]
     return Found(
         plan=plan_of(space, winner, walk.considered, walk.fit),
@@ -199,20 +196,24 @@ def _no_host_memory(space: Space, needed_bytes: int) -> Refused:
     )
 
 
-def _no_mesh(program: Program, message: str) -> Refused:
+def no_mesh(program: Program, message: str) -> Refused:
     span = program.plan[0].span if program.plan else program.train.span
     label = f"{program.cluster.world_size} devices, batches of {program.train.batch_sequences}"
     return Refused(Diagnostic(code="E0404", message=message, span=span, label=label))
 
 
 def check_meshes(spaces: Sequence[Space]) -> None:
-    """Errors: Refused when no mesh satisfies the pins, or none divides the batch."""
-    program = spaces[0].program
+    """Errors: Refused when no mesh satisfies the pins, or none divides the batch; for an operator
+    to be computed again that no block has."""
+    program, pins = spaces[0].program, spaces[0].pins
+    listing = pins.listing("recompute")
+    if listing is not None:
+        check_listed(spaces[0].graph(1), pins.recomputed_operators(), listing.span)
     grids = [grid for space in spaces for grid in space.ranges.grids()]
     if not grids:
         world = max(space.ranks for space in spaces)
         most = "at most " if len(spaces) > 1 else ""
-        raise _no_mesh(program, f"no mesh of {most}{world} devices satisfies the `plan` block")
+        raise no_mesh(program, f"no mesh of {most}{world} devices satisfies the `plan` block")
     batch = program.train.common_sequences
     if all(batch % grid.data for grid in grids):
         near = nearest_batches(batch, sorted({g.data for g in grids}))

@@ -26,7 +26,7 @@ from llmspec.compiler.search.ranges import Ranges
 from llmspec.compiler.search.repeats import Repeats
 from llmspec.compiler.search.stages import Cut, balanced, block_starts, cut_at
 from llmspec.compiler.views import WHOLE_VIEW, View
-from llmspec.dsl.program import Budget, Cluster, Program
+from llmspec.dsl.program import Budget, Cluster, Prefer, Program
 
 
 @dataclass
@@ -60,14 +60,24 @@ class Space:
 
     def pinned(self, pins: Pins) -> Space:
         """The same program under other lines."""
-        return _space(self.program, pins, self.chain, self.pricing)
+        program = replace(self.program, plan=pins.constraints)
+        return _space(program, pins, self.chain, self.pricing)
 
-    def changed(self, *, cluster: Cluster | None = None, budget: Budget | None = None) -> Space:
-        """On other nodes of the same kind, or under another budget. What is known of the model's
-        parts stays known."""
+    def changed(
+        self,
+        *,
+        cluster: Cluster | None = None,
+        budget: Budget | None = None,
+        prefer: Prefer | None = None,
+    ) -> Space:
+        """On other nodes of the same kind, under another budget, with something else preferred.
+        What is known of the model's parts stays known."""
         program = self.program
         changed = replace(
-            program, cluster=cluster or program.cluster, budget=budget or program.budget
+            program,
+            cluster=cluster or program.cluster,
+            budget=budget or program.budget,
+            prefer=prefer or program.prefer,
         )
         return _space(changed, self.pins, self.chain, self.pricing)
 

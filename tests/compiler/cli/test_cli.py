@@ -262,12 +262,37 @@ def test_nothing_fits(name: str, llmspec, tmp_path: Path, golden: Golden) -> Non
     golden.check(f"cli/{name}.txt", ran.err[ran.err.index("error") :])
 
 
-def test_nothing_fits_as_data(llmspec, tmp_path: Path) -> None:
-    (tmp_path / "tight.llmspec").write_text(TIGHT["nothing_fits"])
-    data = llmspec("plan", "tight.llmspec", "--json").data()
-    assert data["plan"] is None and data["infeasible"]["missing_bytes"] > 0
-    for way in data["infeasible"]["ways_out"]:
-        assert way["text"].startswith(way["change"]) and way["step_time_s"] > 0
+WHY_NOT = {
+    "slower": "tensor = 4, pipeline = 2",
+    "too_large": "zero = 0, recompute = none, offload = none, tensor = 1, pipeline = 1",
+    "illegal": "tensor = 3, zero = 1",
+    "chosen": "pipeline = 1",
+}
+
+
+@pytest.mark.parametrize("name", WHY_NOT)
+def test_why_not(name: str, llmspec, tmp_path: Path, golden: Golden) -> None:
+    (tmp_path / "small.llmspec").write_text(SMALL + "budget { memory = 1900 MiB per gpu }\n")
+    ran = llmspec("plan", "small.llmspec", "--why-not", WHY_NOT[name])
+    text = ran.out if ran.code == 0 else ran.err[ran.err.index("error") :]
+    golden.check(f"cli/why_not_{name}.txt", text)
+    if name == "slower":
+        assert text.startswith("Why not `tensor = 4, pipeline = 2`?")
+        data = llmspec("plan", "small.llmspec", "--why-not", WHY_NOT[name], "--json").data()
+        assert data["best"]["plan"]["tensor"] == 4 and not data["same"]
+        assert data["best"]["words"] in text and data["chosen"]["words"] in text
+
+
+@pytest.mark.long
+def test_pareto(llmspec, tmp_path: Path, golden: Golden) -> None:
+    (tmp_path / "small.llmspec").write_text(SMALL + "budget { memory = 3 GiB per gpu }\n")
+    ran = llmspec("plan", "small.llmspec", "--pareto")
+    assert ran.code == 0
+    golden.check("cli/pareto.txt", ran.out)
+    data = llmspec("plan", "small.llmspec", "--pareto", "--json").data()
+    assert all(f"{p['peak_memory_bytes'] / 2**30:.2f}" in ran.out for p in data["pareto"])
+    assert len(data["pareto"]) == ran.out.count(" microbatch ")
+    assert llmspec("plan", "small.llmspec", "--pareto", "--why-not", "zero = 1").code == 2
 
 
 def test_fit(llmspec) -> None:
