@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 
 from llmspec.compiler.cost.fused import with_kernels
 from llmspec.compiler.cost.hardware import Machine
 from llmspec.compiler.cost.network import inner_groups
+from llmspec.compiler.cost.recompute import Operators as Recomputed
 from llmspec.compiler.cost.stage import Run, Stage
 from llmspec.compiler.cost.types import Types
 from llmspec.compiler.cost.unit import UnitCost, resolve, unit_cost
@@ -169,18 +171,18 @@ class Chain:
     ) -> Stage:
         costs = self.costs(option, microbatch)
         tied = any(c.tied_elements for c in costs.values())
-        runs: list[Run] = []
-        before: tuple[object, ...] = ()
         last = len(self.instances) - 1
-        for index, operators in enumerate(chosen, start):
-            instance, block = self.instances[index], 0 < index < last
-            again = self.policies.again(option, microbatch, instance.unit, operators)
+
+        def kind(index: int) -> tuple[str, Recomputed, bool, bool]:
+            instance = self.instances[index]
             own = bool(instance.prefix) or not alone or not tied
-            kind = (instance.unit, id(again), own, block)
-            if kind == before:
-                runs[-1] = Run(runs[-1].cost, runs[-1].count + 1, again, own, block)
-            else:
-                runs.append(Run(costs[instance.unit], 1, again, own, block))
-            before = kind
+            return instance.unit, chosen[index - start], own, 0 < index < last
+
+        runs = []
+        for (name, operators, own, block), same in groupby(
+            range(start, start + len(chosen)), key=kind
+        ):
+            again = self.policies.again(option, microbatch, name, operators)
+            runs.append(Run(costs[name], len(list(same)), again, own, block))
         copies = 0 if alone else sum(r.cost.tied_elements * r.count for r in runs)
         return Stage(tuple(runs), copies)

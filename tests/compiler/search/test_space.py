@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmspec import dsl
 from llmspec.compiler.build.model import build_model
 from llmspec.compiler.search import Found, search
 from llmspec.compiler.search.explain import PATIENCE, families_of
@@ -27,6 +28,29 @@ def everything(of: Space):
     return [c for outline in of.outlines() for c in of.candidates(outline)]
 
 
+SMALL_MIXTURE = """
+import mixtral
+
+model small = mixtral(layers=2, width=256, heads=4, kv_heads=2, ffn=512, vocab=512, context=256,
+                      experts=4)
+cluster pair { node = 2 * gpu("H100-SXM"); nodes = 2; network = 400 Gb/s per gpu }
+train t { model = small; cluster = pair; dataset = synthetic; batch = 8 * 256 tokens; steps = 1 }
+plan { tensor <= 2; pipeline <= 2 }
+"""
+SHARED_SEQUENCES = """
+import llama
+
+model small = llama(layers=2, width=256, heads=4, kv_heads=2, ffn=512, vocab=512, context=1024)
+cluster pair { node = 4 * gpu("H100-SXM"); nodes = 1 }
+train t { model = small; cluster = pair; dataset = synthetic; batch = 4 * 1024 tokens; steps = 1 }
+plan { context in [1, 2, 4] }
+"""
+
+
+def written(text):
+    return dsl.load("small.llmspec", text=text)
+
+
 CASES = {
     "llama on four": program(tiny_llama(), cluster(1, 4), batch=8),
     "gpt on two nodes": program(tiny_gpt(), cluster(2, 2), batch=6),
@@ -37,6 +61,8 @@ CASES = {
         batch=8,
         memory=2 * GiB + 200 * MiB,
     ),
+    "mixture": written(SMALL_MIXTURE),
+    "context": written(SHARED_SEQUENCES),
 }
 
 
@@ -62,6 +88,9 @@ def test_bounds_leave_out_nothing_that_matters(name):
         if of_family and walk.tally.too_large[family] < PATIENCE:
             assert weighed(found) <= min(of_family) * (1 + 1e-3)
     assert (len(fitting) < len(every)) == (name == "little memory")
+    experts, contexts = ({getattr(c.mesh, axis) for c in every} for axis in ("expert", "context"))
+    assert experts == ({1, 2, 4} if name == "mixture" else {1})
+    assert contexts == ({1, 2, 4} if name == "context" else {1})
 
 
 OFFLOADING = {
