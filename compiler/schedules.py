@@ -9,7 +9,6 @@ stage 0 gives to stage 1, "1SEND_B3" and "0RECV_B3" its gradient; "0UNSHARD", "0
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -138,11 +137,13 @@ def _inputs(action: Action, last_stage: int) -> set[Action]:
 class Held(NamedTuple):
     """Micro-batches that a rank holds at one moment, for each of its stages in the chain's order.
 
-    forwards: whose backward has not begun. late: between I and W.
+    forwards: whose backward has not begun. late: between I and W. messages: values of other ranks
+    that nothing has used yet; that of the next backward is there until its end.
     """
 
     forwards: tuple[int, ...]
     late: tuple[int, ...]
+    messages: int = 0
 
 
 @lru_cache(maxsize=4096)
@@ -151,8 +152,10 @@ def held_at_once(
 ) -> tuple[tuple[Held, ...], ...]:
     """By rank: the moments that no other moment of the step exceeds in every number."""
     if schedule is Schedule.GPIPE:
-        return ((Held((microbatches,), (0,)),),) * ranks
-    lists = order(schedule, stages, ranks, _representative(schedule, ranks, microbatches))
+        return ((Held((microbatches,), (0,), 1),),) * ranks
+    lists = add_sends(
+        order(schedule, stages, ranks, _representative(schedule, ranks, microbatches))
+    )
     return tuple(
         _moments(lists[rank], stages_of(schedule, rank, stages, ranks)) for rank in range(ranks)
     )
@@ -170,21 +173,30 @@ def _representative(schedule: Schedule, ranks: int, microbatches: int) -> int:
 
 
 def _moments(own: Sequence[Action], stages: tuple[int, ...]) -> tuple[Held, ...]:
+    """`own`: a rank's list, sends and receives among it."""
     count = len(stages)
     at = {stage: i for i, stage in enumerate(stages)}
     now = [0] * (2 * count)
+    came: set[tuple[int, str, int | None]] = set()
     seen: dict[tuple[int, ...], None] = {}
-    for action, after in zip_longest(own, own[1:]):
-        forward, late = at[action.stage], count + at[action.stage]
-        now[forward] += {"F": 1, "B": -1, "I": -1}.get(action.kind, 0)
-        now[late] += {"I": 1, "W": -1}.get(action.kind, 0)
+    last = ""
+    for action in own:
+        stage, kind, m = action
+        if kind not in COMPUTES:
+            if kind.startswith("RECV"):
+                came.add((stage, kind[-1], m))
+            continue
         # a moment before a further forward is exceeded by the next one
-        if action.kind in ("F", "I") and (after is None or after.kind != "F"):
-            seen[tuple(now)] = None
+        if last in ("F", "I") and kind != "F":
+            seen[*now, len(came)] = None
+        came.discard((stage, "B" if kind == "I" else kind, m))
+        now[at[stage]] += {"F": 1, "B": -1, "I": -1}.get(kind, 0)
+        now[count + at[stage]] += {"I": 1, "W": -1}.get(kind, 0)
+        last = kind
     rows = np.array(list(seen), dtype=np.int32)
     exceeded = np.array([(rows >= row).all(axis=1).sum() > 1 for row in rows])
     return tuple(
-        Held(tuple(row[:count]), tuple(row[count:]))
+        Held(tuple(row[:count]), tuple(row[count:-1]), row[-1])
         for row, less in zip(rows.tolist(), exceeded, strict=True)
         if not less
     )

@@ -75,7 +75,7 @@ class _Step:
     gradients: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     late: dict[tuple[int, int], list[Product]] = field(default_factory=dict)
     arrivals: dict[Action, list[Any]] = field(default_factory=dict)
-    sends: list[Any] = field(default_factory=list)
+    sends: dict[Action, list[Any]] = field(default_factory=dict)
 
 
 def planned_actions(plan: Path) -> dict[int, list[str]]:
@@ -119,6 +119,7 @@ class Executor:
         self.last_stage = max(self.owner)
         self.actions = lists[mesh.pipeline.rank]
         self.turns = _turns(self.actions)
+        self.arrived = _arrived(lists, self.owner, mesh.pipeline.rank)
         self.split = {(a.stage, a.microbatch) for a in self.actions if a.kind == "I"}
         for stage, _ in self.split:
             gradients[stage].in_parts = True
@@ -174,12 +175,12 @@ class Executor:
                     self._weights(step, action)
                 case "SEND_F":
                     value = step.outputs[action.stage, action.microbatch].detach()
-                    self._send(step, value, to=action.stage + 1)
+                    self._send(step, action, value, to=action.stage + 1)
                     if not train:
                         del step.outputs[action.stage, action.microbatch]
                 case "SEND_B":
                     gradient = step.gradients.pop((action.stage, action.microbatch))
-                    self._send(step, gradient, to=action.stage - 1)
+                    self._send(step, action, gradient, to=action.stage - 1)
                 case "RECV_F" | "RECV_B":
                     self._receive(step, action)
                 case "UNSHARD":
@@ -188,8 +189,9 @@ class Executor:
                     self.gradients[action.stage].release()
                 case "REDUCE_GRAD":
                     pass  # the backward before it has been told to reduce as it goes
-        for work in step.sends:
-            work.wait()
+        for works in step.sends.values():
+            for work in works:
+                work.wait()
         return loss
 
     def _forward(self, step: _Step, action: Action) -> Tensor | None:
@@ -199,7 +201,7 @@ class Executor:
         if stage == 0:
             x = micro.tokens_BT
         else:
-            self._wait(step, Action(stage, "RECV_F", m))
+            self._await(step, Action(stage, "RECV_F", m))
             x = step.inputs[stage, m].requires_grad_(step.train)
         if step.train and (stage, m) in self.split:
             step.late[stage, m] = []
@@ -221,7 +223,7 @@ class Executor:
 
     def _backward(self, step: _Step, action: Action) -> None:
         stage, m = action.stage, action.microbatch
-        self._wait(step, Action(stage, "RECV_B", m))
+        self._await(step, Action(stage, "RECV_B", m))
         self.gradients[stage].before_microbatch(self.turns[action])
         out = step.outputs.pop((stage, m))
         with splitting(step.late.get((stage, m))):
@@ -236,10 +238,12 @@ class Executor:
         gradients.before_microbatch(self.turns[action])
         gradients.weights(step.late.pop((action.stage, action.microbatch)))
 
-    def _send(self, step: _Step, value: Tensor, *, to: int) -> None:
-        # works hold their tensors: drop those that have left
-        step.sends = [work for work in step.sends if not work.is_completed()]
-        step.sends += self._transfer(dist.isend, value.contiguous(), to)
+    def _send(self, step: _Step, action: Action, value: Tensor, *, to: int) -> None:
+        # works hold their tensors: drop those that have left (Gloo does not tell)
+        left = [a for a, works in step.sends.items() if all(w.is_completed() for w in works)]
+        for earlier in left:
+            del step.sends[earlier]
+        step.sends[action] = self._transfer(dist.isend, value.contiguous(), to)
 
     def _receive(self, step: _Step, action: Action) -> None:
         stage, kind, m = action
@@ -257,10 +261,13 @@ class Executor:
         peer = dist.get_global_rank(group, self.owner[other_stage])
         return dist.batch_isend_irecv([dist.P2POp(operation, value, peer, group)])
 
-    @staticmethod
-    def _wait(step: _Step, action: Action) -> None:
+    def _await(self, step: _Step, action: Action) -> None:
+        """What was sent, and with it the end of what its sender had used before."""
         for work in step.arrivals.pop(action, ()):
             work.wait()
+        for earlier in self.arrived.get(action, ()):
+            for work in step.sends.pop(earlier, ()):
+                work.wait()
 
     def _sum_tied(self, tied: TiedWeights) -> None:
         """Both stages end with the sum; their shards lie alike, so local parts match."""
@@ -293,6 +300,26 @@ def _parse(word: str) -> Action:
     if match is None:
         raise ValueError(f"not a pipeline action: {word!r}")
     return Action(int(match[1]), match[2], int(match[3] or -1))
+
+
+def _arrived(
+    lists: Mapping[int, list[Action]], owner: Mapping[int, int], rank: int
+) -> dict[Action, list[Action]]:
+    """By receive of this rank: those of its sends whose values the sender had used before."""
+    found: dict[Action, list[Action]] = {}
+    for other in lists.keys() - {rank}:
+        used: list[Action] = []
+        for stage, kind, m in lists[other]:
+            before, after = owner.get(stage - 1) == rank, owner.get(stage + 1) == rank
+            if kind == "F" and before:
+                used.append(Action(stage - 1, "SEND_F", m))
+            elif kind in ("B", "I") and after:
+                used.append(Action(stage + 1, "SEND_B", m))
+            elif kind == "SEND_F" and after:
+                found[Action(stage + 1, "RECV_F", m)], used = used, []
+            elif kind == "SEND_B" and before:
+                found[Action(stage - 1, "RECV_B", m)], used = used, []
+    return found
 
 
 def _turns(actions: list[Action]) -> dict[Action, Turn]:

@@ -1,9 +1,8 @@
 """Bytes of live tensors while an emitted program really runs, on forked gloo ranks.
 
 `measure(session, plan)` emits the plan at its own size (write small specs), runs two optimizer
-steps of it on synthetic data, and watches the second: every storage that an operator makes is held
-by a weak reference, and what is alive is summed up after each operator. What a kernel allocates and
-frees by itself, and the buffers of gloo, are not seen.
+steps of it on synthetic data, and watches the second with the dry run's LiveBytes. What a kernel
+allocates and frees by itself, and the buffers of gloo, are not seen.
 """
 
 from __future__ import annotations
@@ -11,18 +10,18 @@ from __future__ import annotations
 import importlib
 import sys
 import tempfile
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from llmspec.compiler.driver import Session, compile_plan
+from llmspec.compiler.dryrun.live import LiveBytes, resizes_seen
 from llmspec.compiler.plan import Plan
 from llmspec.compiler.verify.run import mesh_sizes
 from tests.processes import run
@@ -39,53 +38,7 @@ class Measured:
     forward: int
     peak: int
     host: int = 0
-
-
-class LiveBytes(TorchDispatchMode):
-    """Inside it, `peak` is the most bytes of distinct storages alive at once.
-
-    start: tensors that were there before. Storages that are resized count as they are.
-    host: the program's module of that name, which knows what is not the device's.
-    """
-
-    def __init__(self, start: Iterable[torch.Tensor] = (), host: Any = None):
-        super().__init__()
-        self.host, self.host_peak = host, 0
-        self.storages: dict[int, weakref.ref[Any]] = {}
-        self.peak = 0
-        for tensor in start:
-            self._see(tensor)
-
-    def _see(self, tensor: torch.Tensor) -> None:
-        if type(tensor).__name__ == "DTensor":
-            tensor = tensor._local_tensor  # type: ignore[attr-defined]
-        if tensor.device.type == "meta":
-            return
-        storage = tensor.untyped_storage()
-        self.storages[storage._cdata] = weakref.ref(storage)
-
-    def now(self) -> int:
-        total, away, dead = 0, 0, []
-        for key, reference in self.storages.items():
-            storage = reference()
-            if storage is None:
-                dead.append(key)
-            elif self.host is not None and self.host.is_host(storage):
-                away += storage.nbytes()
-            else:
-                total += storage.nbytes()
-        for key in dead:
-            del self.storages[key]
-        self.peak, self.host_peak = max(self.peak, total), max(self.host_peak, away)
-        return total
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self._see(leaf)
-        self.now()
-        return out
+    peak_at: str = ""
 
 
 @dataclass(slots=True)
@@ -100,7 +53,7 @@ def _first_backward(trace: _Trace) -> Iterator[None]:
     real = torch.autograd.backward
 
     def backward(*args: Any, **kwargs: Any) -> None:
-        trace.forward = trace.forward or trace.live.now()
+        trace.forward = trace.forward or trace.live.now
         real(*args, **kwargs)
 
     torch.autograd.backward = backward  # type: ignore[assignment]
@@ -123,15 +76,17 @@ def _tensors(trainer: Any, optimizer: Any) -> list[torch.Tensor]:
 
 def _watch_host(host: Any, live: LiveBytes) -> None:
     """Host memory is the host's from its first byte on: what makes it is not seen to."""
-    real = host.empty
+    empty, stands_on_host = host.empty, host.stands_on_host
 
-    def empty(*args: Any) -> torch.Tensor:
+    def unseen(*args: Any) -> torch.Tensor:
         with _disable_current_modes():
-            out: torch.Tensor = real(*args)
-        live._see(out)
-        return out
+            return empty(*args)
 
-    host.empty = empty
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        live.see(stands_on_host(tensor))
+        return tensor
+
+    host.empty, host.stands_on_host = unseen, counted
 
 
 def _rank(
@@ -165,17 +120,19 @@ def _rank(
         for leaf in tree_leaves(optimizer.state_dict()):
             if isinstance(leaf, torch.Tensor):
                 host.stands_on_host(leaf)
-    trace = _Trace(live=LiveBytes(_tensors(trainer, optimizer), host))
+    is_host = host.is_host if host is not None else lambda storage: False
+    trace = _Trace(live=LiveBytes(_tensors(trainer, optimizer), is_host))
     if host is not None:
         _watch_host(host, trace.live)
-    resting = trace.live.now()
-    with _first_backward(trace), trace.live:
+    resting = trace.live.now
+    with _first_backward(trace), resizes_seen(trace.live), trace.live:
         step(1)
     return Measured(
         resting=resting,
         forward=trace.forward,
         peak=trace.live.peak,
         host=trace.live.host_peak,
+        peak_at=trace.live.peak_at,
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 
 from llmspec.compiler.cost.hardware import Machine
-from llmspec.compiler.cost.stage import Parts, Stage
+from llmspec.compiler.cost.stage import Parts, Run, Stage
 from llmspec.compiler.cost.types import Types
 
 
@@ -37,7 +38,7 @@ class Residence:
     in_flight: micro-batches whose activations a stage holds at once; of several stages or a split
         backward, what is held in units of one micro-batch on all of them.
     sends_on: the stage's output goes to another rank, and is kept for its backward.
-    receives: its input comes from one.
+    receives: its input comes from one. message_bytes: of values of others that wait to be used.
     split: backwards are in two parts; gradients of the first are whole until the second.
     """
 
@@ -50,15 +51,27 @@ class Residence:
     split: bool = False
     expert_shards: int = 1
     receives: bool = False
+    message_bytes: int = 0
 
     @property
     def parts(self) -> Parts:
         return Parts(shared=self.shards, experts=self.expert_shards) if self.zero else Parts()
 
     @property
-    def alone(self) -> bool:
-        """Gradients come as the only backward goes."""
-        return self.zero == 0 and self.data == 1 and self.microbatches == 1
+    def first_is_fullest(self) -> bool:
+        """All micro-batches are in flight as the first backward begins, and gradients come as it
+        goes; data ranks have buckets for theirs all the time."""
+        return (
+            self.zero == 0
+            and self.data == 1
+            and not self.split
+            and self.in_flight >= self.microbatches
+        )
+
+    @property
+    def sums_each_time(self) -> bool:
+        """Gradients come in the compute type, and leave as each unit's are summed."""
+        return self.zero > 1 or (self.zero == 1 and self.microbatches == 1)
 
     @property
     def gathers_experts(self) -> bool:
@@ -74,32 +87,27 @@ def cast_bytes(home: Residence, types: Types) -> tuple[int, int]:
 
 
 def ledger(stage: Stage, home: Residence, types: Types, machine: Machine) -> Ledger:
-    """The peak stands in the last backward that finds all micro-batches in flight: gradients of
-    earlier ones are there already. With one micro-batch on one data rank they come as it goes."""
     elements = home.parts.largest(stage.elements, stage.expert_elements)
-    casts = cast_bytes(home, types)
-    sent = stage.output_bytes if home.sends_on else 0
-    others = max(home.in_flight - 1, 0.0)
-    earlier = round(others * stage.kept_bytes(*casts) + home.in_flight * sent)
-    peak = _peak(stage, casts, types.gradients if home.alone else 0)
-    gradients = peak.gradients if home.alone else _gradient_bytes(stage, home, types)
+    in_place = "gradients" in machine.fused
+    peak = fullest(stage, home, types, backwards(stage, home, types, in_place))
     return Ledger(
         parameters=types.weights * elements,
-        gradients=gradients,
+        gradients=peak.gradients + peak.beside.gradients,
         optimizer=types.moments * elements,
-        activations=earlier + peak.activations,
-        buffers=gathered_bytes(stage, home, types, "gradients" in machine.fused) + peak.working,
+        activations=peak.activations,
+        buffers=gathered_bytes(stage, home, types) + home.message_bytes + peak.buffers,
         fixed=machine.fixed_bytes,
     )
 
 
-def moving_bytes(stage: Stage, home: Residence, types: Types) -> int:
-    """What blocks make and free, at the peak of `ledger`: the rest is there whatever is computed
+def moving_bytes(stage: Stage, home: Residence, types: Types, machine: Machine) -> int:
+    """Of the peak of `ledger`, what blocks make and free: the rest is there whatever is computed
     again."""
-    casts = cast_bytes(home, types)
-    peak = _peak(stage, casts, types.gradients if home.alone else 0)
-    others = max(home.in_flight - 1, 0.0)
-    return round(others * stage.kept_bytes(*casts)) + peak.total
+    in_place = "gradients" in machine.fused
+    peak = fullest(stage, home, types, backwards(stage, home, types, in_place))
+    stays = 0 if home.first_is_fullest else peak.gradients
+    sent = stage.output_bytes if home.sends_on else 0
+    return peak.total - stays - round(home.in_flight * sent)
 
 
 def _gradient_bytes(stage: Stage, home: Residence, types: Types) -> int:
@@ -114,53 +122,200 @@ def _gradient_bytes(stage: Stage, home: Residence, types: Types) -> int:
     return types.reduced * (stage.elements - experts) + types.gradients * experts
 
 
-def gathered_bytes(stage: Stage, home: Residence, types: Types, in_place: bool = False) -> int:
-    """Weights in the compute type beyond what is stored, and the buffers of gradient reduction,
-    unless that is in place."""
+def gathered_bytes(stage: Stage, home: Residence, types: Types) -> int:
+    """Weights in the compute type beyond what is stored, from the first moment to the last."""
     if home.zero == 0:
         # buckets on their way in another type come later, when activations have made room
         return stage.largest_elements * (types.compute if types.mixed else types.gradients)
-    # one unit's gradients as computed and as reduced, while another's are on their way
-    experts = home.gathers_experts
-    largest, next_largest = stage.largest_units(experts)
-    reducing = largest * (types.compute + types.reduced) + next_largest * types.reduced
-    reducing = 0 if in_place else reducing
     if home.zero == 3:
-        # one unit in use, the next one on its way; the root stays from its forward to its backward
-        root = stage.root_elements - (0 if experts else stage.root_expert_elements)
-        held = root + sum(stage.largest_repeated(experts))
-    else:
-        held = stage.elements - (0 if experts else stage.expert_elements)
-    return held * types.compute + reducing
+        # the root stays from its forward to its backward; see `passing` for the rest
+        root = 0 if home.gathers_experts else stage.root_expert_elements
+        return types.compute * (stage.root_elements - root)
+    experts = 0 if home.gathers_experts else stage.expert_elements
+    return types.compute * (stage.elements - experts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """Bytes that ZeRO has besides at one moment. gathered: of weights; summing: of gradients on
+    their way; gradients: what has left of whole sums, negative."""
+
+    gathered: int = 0
+    summing: int = 0
+    gradients: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.gathered + self.summing + self.gradients
+
+
+NOTHING = Beside()
+
+Passing = tuple[Beside, Beside]
+"""While one use of a unit goes backward, and as its gradients are summed after that."""
+
+
+def passing(
+    stage: Stage, home: Residence, types: Types, in_place: bool
+) -> list[dict[int, Passing]]:
+    """For each run, the last one first, by the place of a use in it, the last one first: 0, 1 (and
+    all that are like it), and the one that goes backward last.
+
+    in_place: gradients are summed where they are."""
+    runs = list(reversed(stage.runs))
+    sizes = [(0, 0), *(_zero_elements(run, home) for run in runs), (0, 0)]
+    out: list[dict[int, Passing]] = []
+    done = 0
+    for run, after, own, before in zip(runs, sizes, sizes[1:], sizes[2:], strict=False):
+        found: dict[int, Passing] = {}
+        end = run.count - 1
+        for place in (0, min(1, end), end):
+            if home.zero == 0:
+                found[place] = NOTHING, NOTHING
+                continue
+            earlier, later = (own if place else after), (own if place < end else before)
+            two = _zero_3(own, later, types) if home.zero == 3 else (NOTHING, NOTHING)
+            if not in_place:
+                two = _summing(two, earlier, own, done + place * sum(own), home, types)
+            found[place] = two
+        done += run.count * sum(own)
+        out.append(found)
+    return out
+
+
+def _zero_3(own: tuple[int, int], later: tuple[int, int], types: Types) -> Passing:
+    """A unit's weights, and those of the one that goes backward next."""
+    ahead = types.compute * sum(later)
+    return Beside(gathered=types.compute * sum(own) + ahead), Beside(gathered=ahead)
+
+
+def _summing(
+    held: Passing,
+    earlier: tuple[int, int],
+    own: tuple[int, int],
+    done: int,
+    home: Residence,
+    types: Types,
+) -> Passing:
+    """What sums gradients takes them in its own type and gives this rank's part; it has its input
+    until the next sum begins. `done`: elements of units that are through.
+
+    ZeRO 1 sums in the last micro-batch alone, whose weights and whole gradients leave meanwhile.
+    """
+    pending = types.reduced * earlier[0]
+    largest = max(own)
+    ways = home.shards if largest == own[0] else home.expert_shards
+    summed = types.reduced * largest + types.reduced * -(-largest // ways)
+    during, after = held
+    if home.sums_each_time:
+        summed += types.compute * largest  # as they were computed
+        return replace(during, summing=pending), replace(after, summing=summed)
+    if home.in_flight > 1:
+        return held
+    gone, left = -types.compute * done, -types.reduced * done
+    return (
+        Beside(gathered=gone, summing=pending, gradients=left),
+        Beside(gathered=gone - types.compute * largest, summing=summed, gradients=left),
+    )
+
+
+def working_bytes(run: Run, home: Residence, casts: tuple[int, int]) -> int:
+    """Of a use that goes backward, beside what is kept."""
+    return run.cost.growing_bytes if home.sums_each_time else run.working_bytes(casts[0])
+
+
+def _zero_elements(run: Run, home: Residence) -> tuple[int, int]:
+    """Of the unit that ZeRO makes of one use, and of its experts', which are one inside it."""
+    if not run.repeated:
+        return 0, 0
+    experts = run.cost.expert_elements
+    return run.cost.elements - experts, experts if home.gathers_experts else 0
 
 
 @dataclass(frozen=True, slots=True)
-class _Moment:
-    """Bytes at one moment of a micro-batch's backward. working: of the unit that runs."""
+class Moment:
+    """Bytes at one moment of a step. working: of the unit that runs; beside: of ZeRO.
+
+    Which it is: with so many micro-batches in flight, run number `run` of the stage goes backward
+    (-1: all are through), `done` of its uses are through, and the next one is `running`.
+    """
 
     activations: int = 0
     gradients: int = 0
     working: int = 0
+    beside: Beside = NOTHING
+    run: int = -1
+    done: int = 0
+    running: bool = False
+    in_flight: float = 0.0
+
+    @property
+    def buffers(self) -> int:
+        return self.working + self.beside.gathered + self.beside.summing
 
     @property
     def total(self) -> int:
-        return self.activations + self.gradients + self.working
+        return self.activations + self.gradients + self.working + self.beside.total
 
 
-def _peak(stage: Stage, casts: tuple[int, int], gradient_bytes: int) -> _Moment:
+Backwards = Callable[[float, int], Moment]
+"""(micro-batches in flight, bytes of each gradient that comes meanwhile) -> the fullest moment of
+one micro-batch's backward."""
+
+
+def fullest(stage: Stage, home: Residence, types: Types, backward: Backwards) -> Moment:
+    """The peak stands in the last backward that finds all micro-batches in flight. Gradients of
+    earlier ones are there already; if there were none they come as it goes, and the next one finds
+    them, with less in flight."""
+    if not home.first_is_fullest:
+        peak = backward(home.in_flight, 0)
+        return replace(peak, gradients=_gradient_bytes(stage, home, types))
+    first = backward(home.in_flight, types.gradients)
+    if home.microbatches == 1:
+        return first
+    second = backward(home.in_flight - 1, 0)
+    second = replace(second, gradients=types.gradients * stage.elements)
+    return max(first, second, key=lambda moment: moment.total)
+
+
+def backwards(stage: Stage, home: Residence, types: Types, in_place: bool = False) -> Backwards:
+    """With all activations on the device."""
+    casts = cast_bytes(home, types)
+    sent = stage.output_bytes if home.sends_on else 0
+    around = passing(stage, home, types, in_place)
+
+    def backward(in_flight: float, coming: int) -> Moment:
+        others = max(in_flight - 1, 0.0)
+        earlier = round(others * stage.kept_bytes(*casts) + in_flight * sent)
+        peak = _peak(stage, casts, coming, around, home)
+        return replace(peak, activations=earlier + peak.activations, in_flight=in_flight)
+
+    return backward
+
+
+def _peak(
+    stage: Stage,
+    casts: tuple[int, int],
+    coming: int,
+    around: list[dict[int, Passing]],
+    home: Residence,
+) -> Moment:
     """The fullest moment as a micro-batch goes backward: it frees what is kept, block by block, and
-    what a block computes again is there while the block runs. `gradient_bytes`: of each weight
-    element whose gradient comes meanwhile."""
+    what a block computes again is there while the block runs. `coming`: bytes of each weight
+    element whose gradient comes meanwhile and stays."""
     alive, made = stage.kept_bytes(*casts), 0
-    worst = _Moment()
-    for run in reversed(stage.runs):
+    worst = Moment()
+    for index, (run, uses) in enumerate(zip(reversed(stage.runs), around, strict=True), 1):
         held, returning = run.kept_bytes(*casts), run.returning_bytes(*casts)
-        for _ in range(run.count):
-            now = _Moment(alive + returning, made, run.working_bytes(casts[0]))
-            worst = max(worst, now, key=lambda m: m.total)
-            alive -= held
-            made += gradient_bytes * run.cost.elements
-            if not gradient_bytes:  # the uses before it are the same with less alive
-                alive -= held * (run.count - 1)
-                break
-    return max(worst, _Moment(alive, made), key=lambda m: m.total)
+        grown = coming * run.cost.elements
+        working = working_bytes(run, home, casts)
+        # uses between the second and the last are like these, and what changes does so evenly
+        for place, (during, after) in uses.items():
+            here, come = alive - place * held, made + place * grown
+            at, through = len(stage.runs) - index, place + 1
+            now = Moment(here + returning, come, working, during, at, place, running=True)
+            done = Moment(here - held, come + grown, 0, after, at, through)
+            worst = max(worst, now, done, key=lambda m: m.total)
+        alive -= run.count * held
+        made += run.count * grown
+    return worst

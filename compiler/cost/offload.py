@@ -11,7 +11,19 @@ from dataclasses import asdict, dataclass, replace
 
 from llmspec.compiler.cost.data import GATHER, DataGroups, exposed_s, sent_s, units_of
 from llmspec.compiler.cost.hardware import Machine
-from llmspec.compiler.cost.memory import Ledger, Residence, cast_bytes, gathered_bytes, ledger
+from llmspec.compiler.cost.memory import (
+    Backwards,
+    Ledger,
+    Moment,
+    Residence,
+    backwards,
+    cast_bytes,
+    fullest,
+    gathered_bytes,
+    ledger,
+    passing,
+    working_bytes,
+)
 from llmspec.compiler.cost.stage import Parts, Run, Stage
 from llmspec.compiler.cost.types import Types
 
@@ -76,6 +88,15 @@ def ledgers(
     return device_ledger(whole, stage, home, types, machine, offload), there
 
 
+def peak_of(
+    stage: Stage, home: Residence, types: Types, machine: Machine, offload: Offload
+) -> Moment:
+    """The moment whose activations and buffers are the ledger's."""
+    in_place = "gradients" in machine.fused
+    there = _backwards if ACTIVATIONS in offload else backwards
+    return fullest(stage, home, types, there(stage, home, types, in_place))
+
+
 def host_ledger(stage: Stage, home: Residence, types: Types, offload: Offload) -> HostLedger:
     elements = home.parts.largest(stage.elements, stage.expert_elements)
     weights, moments = types.weights * elements, types.moments * elements
@@ -111,12 +132,12 @@ def device_ledger(
         arriving = _passing_bytes(stage, home, types) if machine.pinned else 0
         left = replace(left, parameters=0, gradients=0, buffers=left.buffers + arriving)
     if ACTIVATIONS in offload:
-        activations, gradients, working = _activations(stage, home, types)
-        gathered = gathered_bytes(stage, home, types, "gradients" in machine.fused)
-        buffers = gathered + working + left.buffers - whole.buffers
-        left = replace(left, activations=activations, buffers=buffers)
-        if home.alone:
-            left = replace(left, gradients=gradients)
+        peak = peak_of(stage, home, types, machine, offload)
+        gathered = gathered_bytes(stage, home, types) + home.message_bytes
+        buffers = gathered + peak.buffers + left.buffers - whole.buffers
+        sums = peak.gradients + peak.beside.gradients
+        gradients = 0 if PARAMETERS in offload else sums
+        left = replace(left, activations=peak.activations, gradients=gradients, buffers=buffers)
     return left
 
 
@@ -126,33 +147,37 @@ def _passing_bytes(stage: Stage, home: Residence, types: Types) -> int:
     return (types.weights + types.gradients) * -(-largest // home.shards)
 
 
-def _activations(stage: Stage, home: Residence, types: Types) -> tuple[int, int, int]:
-    """(activations, gradients, working bytes) on the device where their sum is largest: what stays
-    of every micro-batch in flight, and of one of them the blocks that are here. As a block goes
-    backward the one before it comes back; going forward it leaves meanwhile, which is as much.
-
-    gradients: those made so far, which counts where there is one micro-batch alone.
-    """
-    runs = [_use(run, *cast_bytes(home, types)) for run in stage.runs]
+def _backwards(stage: Stage, home: Residence, types: Types, in_place: bool) -> Backwards:
+    """On the device is what stays of every micro-batch in flight, and of one of them the blocks
+    that are here. As a block goes backward the one before it comes back; going forward it leaves
+    meanwhile, which is as much."""
+    casts = cast_bytes(home, types)
+    runs = [_use(run, home, casts) for run in stage.runs]
+    around = list(reversed(passing(stage, home, types, in_place)))
     boundary = stage.output_bytes if home.sends_on else 0
     if home.receives and runs and runs[0].away:
         boundary += runs[0].input_bytes  # the pipeline holds it for the gradient to send back
     stays = sum(u.count * u.stays for u in runs)
-    grown = types.gradients if home.alone else 0
-    below, made, worst = stays, 0, (0, 0, 0)
-    for i, use in reversed(list(enumerate(runs))):
-        before = runs[i - 1].away if i else 0
-        # from one use to the one before it the sum changes evenly: the last, the second, the first
-        for later in sorted({0, max(use.count - 2, 0), use.count - 1}):
-            here = use.away + (use.away if later < use.count - 1 else before)
-            held = below - later * use.stays + here + use.again
-            worst = max(worst, (held, made + later * grown * use.elements, use.working), key=sum)
-        below -= use.count * use.stays
-        made += use.count * grown * use.elements
-    worst = max(worst, (0, made, 0), key=sum)
-    others = max(home.in_flight - 1, 0.0)
-    earlier = round(others * stays + home.in_flight * boundary)
-    return earlier + worst[0], worst[1], worst[2]
+
+    def backward(in_flight: float, coming: int) -> Moment:
+        below, made, worst = stays, 0, Moment()
+        for i, use in reversed(list(enumerate(runs))):
+            grown = coming * use.elements
+            # from one use to the one before it sums change evenly, but at both ends of a run
+            for place in sorted({*around[i], max(use.count - 2, 0)}):
+                during, after = around[i].get(place) or around[i][1]
+                back = use.away if place < use.count - 1 else runs[i - 1].away if i else 0
+                here, come = below - place * use.stays + back, made + place * grown
+                held = here + use.away + use.again
+                now = Moment(held, come, use.working, during, i, place, running=True)
+                done = Moment(here - use.stays, come + grown, 0, after, i, place + 1)
+                worst = max(worst, now, done, key=lambda moment: moment.total)
+            below -= use.count * use.stays
+            made += use.count * grown
+        earlier = round(max(in_flight - 1, 0.0) * stays + in_flight * boundary)
+        return replace(worst, activations=earlier + worst.activations, in_flight=in_flight)
+
+    return backward
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,15 +194,15 @@ class _Use:
     elements: int
 
 
-def _use(run: Run, cast: int, of_experts: int) -> _Use:
+def _use(run: Run, home: Residence, casts: tuple[int, int]) -> _Use:
     away = away_bytes(run)
     return _Use(
         count=run.count,
-        stays=run.kept_bytes(cast, of_experts) - away,
+        stays=run.kept_bytes(*casts) - away,
         away=away,
-        again=run.returning_bytes(cast, of_experts),
+        again=run.returning_bytes(*casts),
         input_bytes=run.cost.input_bytes,
-        working=run.working_bytes(cast),
+        working=working_bytes(run, home, casts),
         elements=run.cost.elements,
     )
 

@@ -17,6 +17,7 @@ class Holder:
 
     stage: Stage
     in_flight: float
+    message_bytes: int
     sends_on: bool
     receives: bool
     split: bool
@@ -25,6 +26,7 @@ class Holder:
         return replace(
             plain,
             in_flight=self.in_flight,
+            message_bytes=self.message_bytes,
             sends_on=self.sends_on,
             receives=self.receives,
             split=self.split,
@@ -64,11 +66,13 @@ def _holder(
     cast_bytes: int,
 ) -> Holder:
     run, last = together([stages[s] for s in own]), len(stages) - 1
+    message = stages[0].output_bytes if last else 0
     if len(own) == 1 and not schedule.splits:
-        most = max(held.forwards[0] for held in moments)
+        fullest = max(moments, key=lambda held: (held.forwards[0], held.messages))
         return Holder(
             stage=run,
-            in_flight=most,
+            in_flight=fullest.forwards[0],
+            message_bytes=message * fullest.messages,
             sends_on=own[0] < last,
             receives=own[0] > 0,
             split=False,
@@ -79,10 +83,12 @@ def _holder(
     sent = [stages[s].output_bytes if s < last and s + 1 not in own else 0 for s in own]
     alive = [k + s for k, s in zip(kept, sent, strict=True)]
     # in units of what one micro-batch keeps on all stages: by that the ledger multiplies
-    in_flight = max(_bytes(held, alive, late) for held in moments) / max(sum(kept), 1)
+    sizes = [(_bytes(held, alive, late), message * held.messages) for held in moments]
+    size, messages = max(sizes, key=sum)
     return Holder(
         stage=run,
-        in_flight=in_flight,
+        in_flight=size / max(sum(kept), 1),
+        message_bytes=messages,
         sends_on=False,
         receives=own[0] > 0,
         split=schedule.splits,

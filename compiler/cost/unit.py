@@ -150,7 +150,8 @@ class UnitCost:
         not grow with the micro-batch. away_bytes: storages large enough to go to host memory in
         the meantime. *_host_bytes: what that takes there.
     input_bytes, output_bytes: of the value that flows, as it crosses the unit's boundary.
-    working_bytes: alive besides while the unit's worst operator runs backward.
+    working_bytes: alive besides while the unit's worst operator runs backward. growing_bytes: at
+        the worst one, with the gradients of weights so far, less what is freed by then.
     passing_elements: of parameters whose use casts them and keeps nothing of that, alive then too.
     elements: of its own parameters, here. shadow_elements: those whose gradient is a sum over
         ranks. cast_elements: of parameters that autograd keeps in the compute type when each use
@@ -178,6 +179,7 @@ class UnitCost:
     output_bytes: int = 0
     working_bytes: int = 0
     passing_elements: int = 0
+    growing_bytes: int = 0
     elements: int = 0
     shadow_elements: int = 0
     cast_elements: int = 0
@@ -213,6 +215,8 @@ class _Tally:
     kept: set[tuple[fx.Node, State]] = field(default_factory=set)
     cast: set[str] = field(default_factory=set)
     extras: list[int] = field(default_factory=list)
+    frees: dict[fx.Node, int] = field(default_factory=dict)
+    """Bytes kept that an operator's backward is the last to need."""
     inner: Mapping[str, Group] = field(default_factory=dict)
     sends: Counter[tuple[str, str, int, bool]] = field(default_factory=Counter)
     sent_s: defaultdict[tuple[str, bool], float] = field(default_factory=lambda: defaultdict(float))
@@ -235,11 +239,14 @@ class _Tally:
         shapes = local_shapes(node, choice, self.where.ranks)
         cost = operator_cost(node, shapes, self.machine, self.width)
         operands = tensor_operands(node)
+        before = set(self.kept)
         for i in cost.saved.operands:
             self.keep(operands[i], choice.operands[i])
         if cost.saved.result:
             self.keep(node, choice.result)
         self.extras.append(cost.saved.extra_bytes)
+        own = sum(self.bytes_of(*key) for key in self.kept - before)
+        self.frees[node] = own + cost.saved.extra_bytes
         self.send(node, shapes, cost)
         return cost
 
@@ -288,6 +295,20 @@ class _Tally:
             storage=lambda node, i: storage(self.layout, *state(node, i)),
             bytes_of=lambda node, i: self.bytes_of(*state(node, i)),
         )
+
+    def growing_bytes(self, costs: list[OperatorCost], elements: Mapping[str, int]) -> int:
+        """As the backward goes: each operator's gradients of weights come, what it needed goes."""
+        worst = change = 0
+        came: set[str] = set()
+        for node, cost in reversed(list(zip(self.unit.calls(), costs, strict=True))):
+            for operand in node.all_input_nodes:
+                if operand.op == "get_attr" and str(operand.target) in elements:
+                    weight = str(operand.target)
+                    change += self.width * elements[weight] if weight not in came else 0
+                    came.add(weight)
+            worst = max(worst, change + cost.working_bytes)
+            change -= self.frees[node]
+        return worst
 
     def bytes_of(self, node: fx.Node, state: State) -> int:
         return self.width * numel(local_shape(shape_of(node), state, self.where.ranks))
@@ -383,6 +404,7 @@ def unit_cost(
         output_bytes=tally.bytes_of(unit.result(), layout.boundary_out),
         working_bytes=max((c.working_bytes for c in costs), default=0),
         passing_elements=sum(elements[p] for p in passing - tally.cast),
+        growing_bytes=tally.growing_bytes(costs, own),
         elements=sum(own.values()),
         shadow_elements=sum(shadow.values()),
         cast_elements=sum(cast.values()),

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmspec.compiler.cost.memory import Ledger, Residence, cast_bytes, gathered_bytes
-from llmspec.compiler.cost.offload import ACTIVATIONS, PARAMETERS, away_bytes, ledgers
+from llmspec.compiler.cost.memory import Ledger, Moment, Residence, cast_bytes, gathered_bytes
+from llmspec.compiler.cost.offload import ACTIVATIONS, PARAMETERS, away_bytes, ledgers, peak_of
 from llmspec.compiler.cost.rank import Holder
 from llmspec.compiler.cost.stage import Run
 from llmspec.compiler.cost.types import Types
@@ -78,10 +78,10 @@ def _account(known: Priced, rank: int, holder: Holder) -> Account:
     offload = known.plan.offload
     total, _ = ledgers(holder.stage, home, space.types, space.machine, offload)
     uses = uses_of(known, rank, holder)
-    peak = _peak(known, uses, home, holder, total)
+    peak = peak_of(holder.stage, home, space.types, space.machine, offload)
     items = [
         *_stored(uses, home, space.types, total, holder.stage.tied_elements),
-        *peak.items,
+        *_activations(known, uses, home, holder, peak),
         *_buffers(known, uses, home, holder, total, peak),
         Item("fixed", "context, collective libraries, allocator", "", 0, total.fixed),
     ]
@@ -92,7 +92,7 @@ def _account(known: Priced, rank: int, holder: Holder) -> Account:
         ranks=(rank,),
         ledger=total,
         items=tuple(items),
-        moment=peak.words,
+        moment=_words(uses, peak),
         in_flight=peak.in_flight,
     )
 
@@ -144,71 +144,48 @@ def _stored(
 # What autograd keeps
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Peak:
-    items: tuple[Item, ...]
-    words: str
-    in_flight: float
-    use: Use | None
-
-
-def _peak(
-    known: Priced, uses: Sequence[Use], home: Residence, holder: Holder, total: Ledger
-) -> _Peak:
-    """The moment whose activations are the ledger's."""
+def _activations(
+    known: Priced, uses: Sequence[Use], home: Residence, holder: Holder, peak: Moment
+) -> list[Item]:
     casts = cast_bytes(home, known.space.types)
     away = ACTIVATIONS in known.plan.offload
     boundary = holder.stage.output_bytes if home.sends_on else 0
     if away and home.receives and uses and away_bytes(uses[0].run):
         boundary += uses[0].run.cost.input_bytes  # the pipeline holds it for the gradient
-    gathered = gathered_bytes(
-        holder.stage, home, known.space.types, "gradients" in known.space.machine.fused
-    )
-    # what passes to and from the host is in the buffers too
-    working = None if PARAMETERS in known.plan.offload else total.buffers - gathered
-    for in_flight in (home.in_flight, max(home.in_flight - 1, 0.0)):
-        for index, done in _moments(uses):
-            use = uses[index] if index >= 0 else None
-            if use is not None and working not in (None, use.run.working_bytes(casts[0])):
-                continue
-            items = _alive(uses, index, done, casts, away=away)
-            of_one = sum(item.size_bytes for item in items)
-            more = _earlier(uses, in_flight, casts, boundary, away=away)
-            if of_one + sum(item.size_bytes for item in more) == total.activations:
-                at = f"in the backward of `{use.unit}`" if use else "at the end of a backward"
-                return _Peak(items=(*more, *items), words=at, in_flight=in_flight, use=use)
-    left = Item("activations", OTHER, "", 0, total.activations)
-    return _Peak(items=(left,), words="", in_flight=home.in_flight, use=None)
+    return [
+        *_earlier(uses, peak.in_flight, casts, boundary, away=away),
+        *_alive(uses, peak, casts, away=away),
+    ]
 
 
-def _moments(uses: Sequence[Use]) -> Iterator[tuple[int, int]]:
-    """(which run, how many of its uses have gone backward), as a micro-batch goes back; (-1, 0) is
-    its end."""
-    for index in reversed(range(len(uses))):
-        for done in range(uses[index].count):
-            yield index, done
-    yield -1, 0
+def _words(uses: Sequence[Use], peak: Moment) -> str:
+    if peak.run < 0:
+        return "at the end of a backward"
+    unit = uses[peak.run].unit
+    return f"in the backward of `{unit}`" if peak.running else f"after the backward of `{unit}`"
 
 
-def _alive(
-    uses: Sequence[Use], index: int, done: int, casts: tuple[int, int], *, away: bool
-) -> list[Item]:
+def _alive(uses: Sequence[Use], peak: Moment, casts: tuple[int, int], *, away: bool) -> list[Item]:
     """Of the micro-batch that goes backward."""
-    items = []
+    items: list[Item] = []
+    index = peak.run
     for place, use in enumerate(uses[: index + 1]):
-        left = use.count - (done if place == index else 0)
+        left = use.count - (peak.done if place == index else 0)
         bare, cast = _kept(use, casts, away=away)
         items.append(Item("activations", "kept, this micro-batch", use.unit, left, left * bare))
         items.append(Item("activations", "weights as cast, likewise", use.unit, left, left * cast))
     if index < 0:
         return items
     use = uses[index]
-    again = use.run.returning_bytes(*casts)
-    items.append(Item("activations", "computed again", use.unit, 1, again))
+    here = [use] if peak.running else []
+    for one in here:
+        again = one.run.returning_bytes(*casts)
+        items.append(Item("activations", "computed again", one.unit, 1, again))
     if away:
         # what computes is here, and what comes back for the one before it
-        before = use if done + 1 < use.count else uses[index - 1] if index else None
-        for one in (use, *([before] if before else [])):
+        before = peak.done + peak.running < use.count
+        here += [use] if before else [uses[index - 1]] if index else []
+        for one in here:
             back = Item("activations", "back from the host", one.unit, 1, away_bytes(one.run))
             items.append(back)
     return items
@@ -246,23 +223,23 @@ def _buffers(
     home: Residence,
     holder: Holder,
     total: Ledger,
-    peak: _Peak,
+    peak: Moment,
 ) -> Iterator[Item]:
-    space, fused = known.space, "gradients" in known.space.machine.fused
-    stage, types = holder.stage, space.types
-    whole = gathered_bytes(stage, home, types, fused)
-    held = gathered_bytes(stage, home, types, in_place=True)
+    stage, types = holder.stage, known.space.types
+    held = gathered_bytes(stage, home, types)
     if home.zero == 0:
         what = "largest weight as it is cast" if types.mixed else "largest weight's gradient"
-        yield Item("buffers", what, "", 0, whole)
+        yield Item("buffers", what, "", 0, held)
     else:
-        yield Item("buffers", "parameters as gathered", "", 0, held)
-        yield Item("buffers", "reduction of gradients", "", 0, whole - held)
-    cast = cast_bytes(home, types)[0]
-    working = peak.use.run.working_bytes(cast) if peak.use else 0
-    left = total.buffers - whole - working
-    if peak.use:
-        yield Item("buffers", "working set of its largest operator", peak.use.unit, 1, working)
+        yield Item("buffers", "parameters as gathered", "", 0, held + peak.beside.gathered)
+        yield Item("buffers", "reduction of gradients", "", 0, peak.beside.summing)
+    yield Item("buffers", "values of other stages, not used yet", "", 0, home.message_bytes)
+    if peak.running:
+        what = "working set of its largest operator"
+        if home.sums_each_time:
+            what = "working set and gradients so far, less what has gone"
+        yield Item("buffers", what, uses[peak.run].unit, 1, peak.working)
+    left = total.buffers - held - home.message_bytes - peak.buffers
     passing = PARAMETERS in known.plan.offload and left > 0
     yield Item("buffers", "on the way from and to the host" if passing else OTHER, "", 0, left)
 

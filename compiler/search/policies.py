@@ -13,7 +13,7 @@ import numpy as np
 
 from llmspec.compiler.cost.fused import Computing, computing
 from llmspec.compiler.cost.hardware import Machine
-from llmspec.compiler.cost.memory import Residence, cast_bytes, moving_bytes
+from llmspec.compiler.cost.memory import Residence, cast_bytes, moving_bytes, passing, working_bytes
 from llmspec.compiler.cost.offload import ACTIVATIONS, Offload, ledgers
 from llmspec.compiler.cost.recompute import Again, Flow, Operators, flow_of
 from llmspec.compiler.cost.stage import Run, Stage
@@ -333,8 +333,16 @@ def fitting(
     mixtures = policies.mix(option, microbatch, counts, weights)
     kept_bytes = most_bytes = math.inf
     if ACTIVATIONS not in offload:  # else only the ledger knows what stays
-        spare = budget_bytes - total + moving_bytes(bare, home, types)
-        kept_bytes, most_bytes = _limits(of_each, home, casts, spare)
+        spare = budget_bytes - total + moving_bytes(bare, home, types, machine)
+        beside = _beside(bare, home, types, machine)
+        kept_bytes, most_bytes = _limits(of_each, home, casts, spare, beside)
+        if home.first_is_fullest and home.microbatches > 1:
+            # the backward after the first finds all gradients, and one micro-batch less
+            sent = bare.output_bytes if home.sends_on else 0
+            spare += sent - types.gradients * bare.elements
+            fewer = replace(home, in_flight=home.in_flight - 1)
+            kept, _ = _limits(of_each, fewer, casts, spare, beside)
+            kept_bytes = min(kept_bytes, kept * home.in_flight / fewer.in_flight)
     for splits in mixtures.within(home.in_flight, kept_bytes, most_bytes, some=some):
         pick = dict(zip(mixtures.units, splits, strict=True))
         made = _mixed(of_each, pick, partial(policies.again, option, microbatch))
@@ -375,17 +383,35 @@ def _by_run(bare: Stage, blocks: tuple[str, ...]) -> list[tuple[str, Run]]:
     return out
 
 
+def _beside(bare: Stage, home: Residence, types: Types, machine: Machine) -> tuple[int, int]:
+    """Bytes beside what is kept as the backward begins, and the least as any unit's goes on."""
+    around, casts = (
+        passing(bare, home, types, "gradients" in machine.fused),
+        cast_bytes(home, types),
+    )
+    runs = list(reversed(bare.runs))
+    all_of = [
+        working_bytes(run, home, casts) + during.total
+        for run, uses in zip(runs, around, strict=True)
+        for during, _ in uses.values()
+    ]
+    return working_bytes(runs[0], home, casts) + around[0][0][0].total, min(all_of)
+
+
 def _limits(
-    runs: list[tuple[str, Run]], home: Residence, casts: tuple[int, int], spare: int
+    runs: list[tuple[str, Run]],
+    home: Residence,
+    casts: tuple[int, int],
+    spare: int,
+    beside: tuple[int, int],
 ) -> tuple[float, float]:
     """What all micro-batches in flight may keep of blocks, and how much there may be of blocks in
     the last one's backward. Both are needed; the ledger has the last word."""
     alone = [0 if name else run.count * run.kept_bytes(*casts) for name, run in runs]
     first = next(i for i, (name, _) in enumerate(runs) if name)
     before = sum(alone[:first])
-    working = min(run.working_bytes(casts[0]) for _, run in runs)
-    kept = spare - home.in_flight * sum(alone) - runs[-1][1].working_bytes(casts[0])
-    return kept, spare - (home.in_flight - 1) * sum(alone) - before - working
+    kept = spare - home.in_flight * sum(alone) - beside[0]
+    return kept, spare - (home.in_flight - 1) * sum(alone) - before - beside[1]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llmspec.compiler.dryrun.live import LiveBytes
 from llmspec.runtime.attention import attention, explicit_attention
 from llmspec.runtime.norms import layer_norm, rms_norm
 from llmspec.runtime.random import dropout
 from llmspec.runtime.recompute import EVERYTHING, again, recomputed
-from tests.live_bytes import LiveBytes
 
 B, T, D, FF, H = 2, 16, 32, 64, 4
 NAMES = ("normed", "q", "mixed", "dropped", "normed_2", "up", "hidden")
@@ -115,12 +115,12 @@ def kept_bytes(run, dropped, *inputs):
     """Bytes alive after the forward, and in the end, beyond what was there; inputs and gradients
     apart."""
     with LiveBytes(inputs) as live:
-        before = live.now()
+        before = live.now
         out = recomputed(run, dropped, *inputs)
-        kept = live.now() - before
+        kept = live.now - before
         gradients = torch.autograd.grad(out.sum(), inputs)
         del out
-        left = live.now() - before - sum(g.nbytes for g in gradients)
+        left = live.now - before - sum(g.nbytes for g in gradients)
     return kept, left
 
 

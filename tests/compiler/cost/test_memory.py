@@ -52,7 +52,9 @@ def test_sixteen_bytes_a_parameter(types):
 def test_a_cast_of_each_weight_is_kept_without_sharding():
     assert ledger(stage(), home(), FP32, MACHINE).activations == 4 * 1000
     assert ledger(stage(), home(), BF16, MACHINE).activations == 4 * (1000 + 2 * 9_000)
-    assert ledger(stage(), home(zero=1, shards=8), BF16, MACHINE).activations == 4 * 1000
+    wide = replace(BLOCK, saved_bytes=10**6)
+    sharded = ledger(Stage((Run(wide, 4, None, True),)), home(zero=1, shards=8), BF16, MACHINE)
+    assert sharded.activations == 4 * 10**6
 
 
 def test_what_each_level_of_zero_divides():
@@ -61,9 +63,14 @@ def test_what_each_level_of_zero_divides():
     assert {f.parameters for f in found.values()} == {4 * 5_000}
     assert found[1].gradients == 4 * 40_000
     assert found[2].gradients == found[3].gradients == 4 * 5_000
-    reducing = 10_000 * (2 + 2 * 4)
-    assert found[1].buffers == found[2].buffers == 2 * 40_000 + reducing
-    assert found[3].buffers == 2 * 2 * 10_000 + reducing
+    # a block's gradients as computed, as they are summed, and this rank's part
+    summing = 10_000 * (2 + 4) + 4 * 10_000 // 8
+    assert found[2].buffers == 2 * 40_000 + summing
+    # of weights only those of the block before it
+    assert found[3].buffers == 2 * 10_000 + summing
+    # whole sums are counted as gradients, and the block's weights have left
+    assert found[1].buffers == 2 * (40_000 - 10_000) + 4 * 10_000 + 4 * 10_000 // 8
+    assert {f.activations for f in found.values()} == {3 * 1000}
 
 
 MIXED = replace(
@@ -82,10 +89,10 @@ def test_experts_are_shared_by_the_ranks_that_have_the_same():
     assert at[1].parameters == at[3].parameters == 4 * part
     assert at[1].optimizer == 8 * part and at[3].gradients == 4 * part
     assert at[1].gradients == 4 * (4 * 30_000)
-    # the two largest units are the experts of two blocks
-    reducing = 20_000 * (2 + 2 * 4)
-    assert at[1].buffers == 2 * 4 * 30_000 + reducing
-    assert at[3].buffers == 2 * 2 * 30_000 + reducing
+    # the largest unit is the experts of a block
+    part = 4 * 20_000 // 2
+    assert at[1].buffers == 2 * (4 * 30_000 - 20_000) + 4 * 20_000 + part
+    assert at[3].buffers == 2 * 30_000 + 20_000 * (2 + 4) + part
 
 
 def test_experts_that_no_other_rank_has_stay_as_they_are():
@@ -93,9 +100,9 @@ def test_experts_that_no_other_rank_has_stay_as_they_are():
     found = ledger(split, home(zero=3, shards=8, expert_shards=1), BF16, MACHINE)
     part = 4 * (10_000 // 8 + 20_000)
     assert found.parameters == 4 * part == found.gradients
-    assert found.buffers == 2 * 2 * 10_000 + 10_000 * (2 + 2 * 4)
+    assert found.buffers == 2 * 10_000 + 10_000 * (2 + 4) + 4 * 10_000 // 8
     # each use casts them, and autograd keeps the cast
-    assert found.activations == 4 * (1000 + 2 * 20_000)
+    assert found.activations == 3 * (1000 + 2 * 20_000)
 
 
 def test_recomputation_keeps_inputs_and_one_block():

@@ -22,6 +22,7 @@ CASES = {
     "tensor = 2; sequence = on; microbatch = 4; offload = activations": 2,
     "pipeline = 2; microbatch = 2; schedule = 1f1b; offload = activations": 2,
     "pipeline = 2; microbatch = 2; schedule = gpipe; offload = activations": 2,
+    "pipeline = 2; microbatch = 2; schedule = gpipe; recompute = full; offload = activations": 2,
 }
 """Pins, and how many processes they are for."""
 
