@@ -1,4 +1,4 @@
-"""Emitted by llmspec from offload_last.llmspec. Spec 874f5af2295b, plan 55efd3.
+"""Emitted by llmspec from offload_last.llmspec. Spec 8a16ceb6971e, plan f41c63.
 Change the spec or the plan, then: llmspec compile offload_last.llmspec
 
 Mesh: shards 2 = 2 processes. ZeRO 3. In host memory: activations and parameters and the optimizer.

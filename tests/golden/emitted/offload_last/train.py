@@ -1,4 +1,4 @@
-"""Emitted by llmspec from offload_last.llmspec. Spec 874f5af2295b, plan 55efd3.
+"""Emitted by llmspec from offload_last.llmspec. Spec 8a16ceb6971e, plan f41c63.
 Change the spec or the plan, then: llmspec compile offload_last.llmspec
 
 Mesh: shards 2 = 2 processes. ZeRO 3. In host memory: activations and parameters and the optimizer.
@@ -33,7 +33,7 @@ FLOPS_PER_TOKEN = 1.12145e09  # model, not hardware
 PEAK_FLOPS = 1.652e14  # of one device, bf16, dense
 # what plan.json predicts; the run ends with what was measured beside it
 STEP_S = 0.370808
-MEMORY_BYTES = 1505374208  # 1.4 GiB, of tensors, on the fullest GPU
+MEMORY_BYTES = 1138376704  # 1.06 GiB, of tensors, on the fullest GPU
 COMPUTE = torch.bfloat16  # weights are float32
 REDUCE = torch.float32  # gradients are summed in it
 
