@@ -10,6 +10,9 @@ from llmspec.compiler.graph import ModelGraph
 from llmspec.compiler.ops.linear_loss import FEWEST_ROWS, linear_cross_entropy, rows_at_once
 from llmspec.compiler.passes.loss import join_loss, joined_weight
 from llmspec.compiler.reference import Reference
+from llmspec.compiler.search.meshes import Grid
+from llmspec.compiler.search.space import Space
+from llmspec.compiler.views import View
 
 MODEL = """
 model m {{
@@ -51,3 +54,16 @@ def test_rows_of_a_chunk() -> None:
     assert rows_at_once(50_257, 2) == 2560
     assert rows_at_once(128_256, 2) == FEWEST_ROWS
     assert rows_at_once(128_256 // 8, 2) == 8320
+
+
+def test_whole_logits_are_looked_at_where_they_may_keep_less() -> None:
+    """A pipeline's micro-batch of fewer tokens than the model is wide."""
+    text = MODEL.format(unembed="unembed").replace("node = 1", "node = 2")
+    program = dsl.load("t.llmspec", text=text.replace("context = 8", "context = 4"))
+    space = Space.of(program, lambda b: build_model(program.model, sequences=b, tokens=4))
+    joined = View(loss_rows=space.ranges.loss_rows(1))
+    assert joined.loss_rows == rows_at_once(24, 4)
+    for pipeline, sequences, both in ((2, 1, True), (2, 2, False), (1, 1, False)):
+        grid = Grid(tensor=1, pipeline=pipeline, data=1)
+        found = space.ranges.with_logits(joined, grid, sequences)
+        assert found == [joined, View()] if both else [joined]
