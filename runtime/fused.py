@@ -1,5 +1,6 @@
 """What fused kernels share: types, tiles, random bits, and Triton where there is one."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,6 +14,9 @@ triton: Any = None
 tl: Any = None
 if find_spec("triton") is not None:  # where it is not, CPUs run the plain functions
     triton, tl = import_module("triton"), import_module("triton.language")
+
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether CPUs run the kernels too, in Triton's interpreter: slow, and float32 inside."""
 
 ELEMENTS = 2048
 """Of a tile: 16 a thread of 4 warps, enough loads in flight to reach memory's rate."""
@@ -35,7 +39,8 @@ def operator(
 
     keep(ctx, inputs, output), gradients(ctx, *gradients): its autograd.
     """
-    made = torch.library.custom_op(f"kernels::{name}", plain, mutates_args=(), device_types="cpu")
+    on_cpu = on_gpu if INTERPRETED else plain
+    made = torch.library.custom_op(f"kernels::{name}", on_cpu, mutates_args=(), device_types="cpu")
     made.register_kernel("cuda", on_gpu)
     made.register_fake(plain)
     if gradients is not None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from llmspec.compiler import driver
 from llmspec.compiler.emit.package import write
@@ -45,6 +46,54 @@ def test_every_kernel_of_a_program(model: str, tmp_path: Path) -> None:
     tested = files["test_kernels.py"].count("def test_")
     assert tested >= 4
     assert said.count("is right") == tested
+
+
+TINY = """
+model m {
+    vocab = 64; context = 8; width = 24
+    block layer(x) {
+        x = x + dropout(attention(layernorm(x), heads=2, causal, bias), 0.1)
+        x = x + swiglu(rmsnorm(x), ffn=40)
+    }
+    tokens -> embed(positions=learned) -> dropout(0.1) -> layer * 2 -> layernorm -> unembed(tied)
+}
+"""
+
+ONE_STEP = """
+import sys, torch
+import torch.distributed as dist
+from model import Model
+from runtime.mesh import Mesh
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+model = Model(Mesh.create(torch.device("cpu")))
+model.to_empty(device="cpu")
+torch.manual_seed(1)
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter.normal_(std=0.3)
+ids = torch.arange(16).view(2, 8)
+loss = model(ids, ids + 1, torch.arange(2))
+loss.backward()
+found = {n: p.grad for n, p in model.named_parameters()}
+torch.save(found | {"loss": loss.detach()}, sys.argv[1])
+"""
+
+
+def test_a_whole_program_in_the_interpreter(tmp_path: Path) -> None:
+    """Loss and every gradient of one step: Triton's kernels against their plain functions."""
+    session, plan = planned(spec_text(TINY, 1, 2, "microbatch = 2; kernels = triton"))
+    write(driver.emit_plan(session, plan), tmp_path)
+    (tmp_path / "one_step.py").write_text(ONE_STEP)
+    for number in "01":
+        python(["one_step.py", f"{number}.pt"], cwd=tmp_path, TRITON_INTERPRET=number)
+    plain, interpreted = (torch.load(tmp_path / f"{n}.pt") for n in "01")
+    assert set(plain) == set(interpreted)
+    # a bias of keys has no gradient at all: softmax does not see it
+    floor = 1e-3 * torch.stack([g.norm() for n, g in plain.items() if n != "loss"]).norm()
+    for name, value in plain.items():
+        error = (interpreted[name] - value).norm() / value.norm().clamp(min=floor)
+        assert error < 1e-4, f"{name}: {error:.2g}"
 
 
 @pytest.mark.long
