@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from bench.validation.compared import by_family, compare, percentile
+from bench.validation.compared import by_family, compare, counted, percentile
 from bench.validation.page import render
 from bench.validation.price import Priced, price
 from bench.validation.rows import Row, read_rows
@@ -40,7 +40,7 @@ def chosen(rows: Iterable[Row], text: str) -> tuple[Row, ...]:
 def print_summary(rows: Iterable[Row], priced: dict[str, Priced]) -> None:
     compared = compare([r for r in rows if r.id in priced], priced)
     for name, ones in [*by_family(compared).items(), ("all", compared)]:
-        errors = [abs(r - 1) for o in ones if (r := o.ratio) is not None]
+        errors = [abs(r - 1) for o in counted(ones) if (r := o.ratio) is not None]
         if errors:
             figures = f"{percentile(errors, 0.5):7.1%}{percentile(errors, 0.9):9.1%}"
             print(f"{name:20}{len(errors):4} of {len(ones):3} rows {figures}")

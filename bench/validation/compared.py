@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.validation.price import Priced
 from bench.validation.rows import FAMILIES, Row
+from bench.validation.set_aside import reason
 
 GIB = 2**30
 
@@ -25,6 +27,11 @@ class Compared:
         return self.priced.step_s / self.row.step_s
 
     @property
+    def aside(self) -> str | None:
+        """Why statistics leave it out."""
+        return reason(self.row) if self.ratio is not None else None
+
+    @property
     def memory_ratio(self) -> float | None:
         if self.priced.peak_bytes is None or self.row.peak_gib is None:
             return None
@@ -33,7 +40,7 @@ class Compared:
         return (self.priced.peak_bytes - beside) / GIB / (sum(self.row.peak_gib) / 2)
 
     @property
-    def reason(self) -> str | None:
+    def missing(self) -> str | None:
         """Why there is no comparison of times."""
         if self.priced.reason is None and self.row.step_s is None:
             return "the source has no time"
@@ -48,14 +55,19 @@ class Compared:
         )
 
 
+def counted(compared: Iterable[Compared]) -> list[Compared]:
+    """Those with a comparison of times that statistics do not leave out."""
+    return [o for o in compared if o.ratio is not None and o.aside is None]
+
+
 def compare(rows: Sequence[Row], priced: Mapping[str, Priced]) -> list[Compared]:
     return [Compared(row, priced[row.id]) for row in rows]
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The nearest rank from above."""
+    """The nearest rank: the least value that so many of them do not exceed."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def spearman(pairs: Sequence[tuple[float, float]]) -> float:

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.validation.compared import Compared, by_family, percentile
+from bench.validation.compared import Compared, by_family, counted, percentile
 from llmspec.compiler.cost.hardware import GPU_CONSTANTS
 
 SCALED = ("compute", "optimizer", "pipeline_bubble")
@@ -50,7 +50,7 @@ def estimate(sources: Iterable[Sequence[Compared]]) -> float:
 
 
 def held_out(compared: Sequence[Compared]) -> list[HeldOut]:
-    families, found = by_family(compared), []
+    families, found = by_family(counted(compared)), []
     for name, ones in families.items():
         share = estimate(others for other, others in families.items() if other != name)
         off = errors(ones, share)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from bench.validation.compared import GIB, Compared, by_family, percentile, spearman
+from bench.validation.compared import GIB, Compared, by_family, counted, percentile, spearman
 from bench.validation.heldout import held_out
 from bench.validation.profiles import PROFILES
 from bench.validation.rows import Row
@@ -29,7 +29,9 @@ unqualified "GB" is 10⁹ or 2³⁰ bytes.
 
 def render(compared: Sequence[Compared]) -> str:
     parts = [HEAD, _summary(compared), _held_out(compared), _orders(compared), _profiles()]
-    return "\n".join([*parts, _rejected(compared), _unpriced(compared), _every(compared)])
+    return "\n".join(
+        [*parts, _rejected(compared), _unpriced(compared), _aside(compared), _every(compared)]
+    )
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -42,7 +44,7 @@ def _percent(value: float) -> str:
 
 
 def _statistics(name: str, ones: Sequence[Compared]) -> list[str]:
-    ratios = [r for o in ones if (r := o.ratio) is not None]
+    ratios = [r for o in counted(ones) if (r := o.ratio) is not None]
     memory = [abs(m - 1) for o in ones if (m := o.memory_ratio) is not None]
     cells = [name, str(len(ones)), str(len(ratios))]
     if ratios:
@@ -57,7 +59,7 @@ def _statistics(name: str, ones: Sequence[Compared]) -> list[str]:
 
 def _summary(compared: Sequence[Compared]) -> str:
     rows = [_statistics(name, ones) for name, ones in by_family(compared).items()]
-    head = ("source", "rows", "priced", "median error", "90th percentile")
+    head = ("source", "rows", "counted", "median error", "90th percentile")
     last = ("median of predicted/published", "with memory", "median error of memory")
     return "## By source\n\n" + _table((*head, *last), [*rows, _statistics("**all**", compared)])
 
@@ -78,7 +80,7 @@ def _held_out(compared: Sequence[Compared]) -> str:
 
 def _orders(compared: Sequence[Compared]) -> str:
     groups: dict[tuple[object, ...], list[Compared]] = {}
-    for one in compared:
+    for one in counted(compared):
         if one.ratio is not None:
             groups.setdefault(one.row.model_key, []).append(one)
     rows = []
@@ -126,8 +128,19 @@ def _gib(row: Row) -> str:
 
 
 def _unpriced(compared: Sequence[Compared]) -> str:
-    rows = [[f"`{o.row.id}`", o.reason] for o in compared if o.reason is not None]
+    rows = [[f"`{o.row.id}`", o.missing] for o in compared if o.missing is not None]
     return "## Runs without a comparison\n\n" + _table(("run", "reason"), rows)
+
+
+def _aside(compared: Sequence[Compared]) -> str:
+    rows = [
+        [f"`{o.row.id}`", f"{100 * (o.ratio - 1):+.1f} %", why]
+        for o in compared
+        if (why := o.aside) is not None and o.ratio is not None
+    ]
+    text = "## Runs that statistics leave out\n\nBy rules that ask nothing of the prediction "
+    text += "(`bench/validation/set_aside.py`); each is priced all the same.\n\n"
+    return text + _table(("run", "error", "reason"), rows)
 
 
 def _every(compared: Sequence[Compared]) -> str:

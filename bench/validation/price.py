@@ -17,9 +17,9 @@ UNBOUNDED_BYTES = 1 << 60
 """The memory budget of every pricing, so that a plan that we would reject has a price too."""
 
 
-WHOLE_RECOMPUTE = {"early_stop": 0.0}
+OF_ALL = {"early_stop": 0.0, "whole_logits": 1.0}
 """A block that was recomputed ran to its end: torch.utils.checkpoint stops early since 2.1 (2023),
-later than all runs here that recompute."""
+later than all runs here that recompute. Logits were made before the loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ def adapted(program: Program, profile: Profile) -> Program:
     """The profile's constants in place of the device's, and memory without bound."""
     device = program.cluster.device
     own = profile.by_gpu.get(device.name, {})
-    constants = {**device.constants, **WHOLE_RECOMPUTE, **profile.constants, **own}
+    constants = {**device.constants, **OF_ALL, **profile.constants, **own}
     cluster = replace(program.cluster, device=replace(device, constants=constants))
     budget = replace(program.budget, memory_bytes=UNBOUNDED_BYTES)
     return replace(program, cluster=cluster, budget=budget)

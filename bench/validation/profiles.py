@@ -7,7 +7,7 @@ measurements: every switch is a documented property of the software that ran.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bench.validation.rows import Row
 
@@ -19,6 +19,9 @@ class Profile:
     bias: biases of linears and norms. dropout: of attention's output, the MLP's, the embedding's.
     short_gradients: summed and reduced in the compute type, not in float32.
     explicit: attention with its square written out, as before FlashAttention.
+    cut: how blocks are divided over stages: `equal`, or `embeddings count` as one block each
+        in its later runs; None: not known, left to the search.
+    selective: the operators that its selective recomputation runs again.
     constants: of every device (see `compiler/cost/hardware.py`), by_gpu: of one, each with a
         reason in `why`.
     """
@@ -31,6 +34,8 @@ class Profile:
     short_gradients: bool = False
     constants: Mapping[str, float] = field(default_factory=dict)
     by_gpu: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    cut: str | None = None
+    selective: str = "selective"
     why: tuple[str, ...] = ()
 
 
@@ -46,6 +51,15 @@ SOFTMAX = {"fused_softmax": 1.0}
 FUSED = {"fused_norm": 1.0, "fused_rotary": 1.0, "fused_loss": 1.0}
 # Products of weight gradients add to the buffer that is reduced.
 IN_PLACE = {"fused_gradients": 1.0}
+# Weights are stored in the type that they are multiplied in. A micro-batch's gradients, in that
+# type, are added to the sum by a kernel of its own; added in the product; divided and sent.
+ADDED, IN_PRODUCT, DIVIDED = ({"gradient_bytes": bytes_} for bytes_ in (6.0, 0.0, 4.0))
+# FlashAttention of 2022 (InternEvo's docs install 1.0.5): 69 of 155 TFLOP/s of FlashAttention-2 at
+# 2048 tokens, heads of 128, causal (its chart for A100).
+FLASH_1 = {"a100-80-sxm4": {"attention_efficiency": 0.29}}
+# DeepSpeed's defaults of `reduce_bucket_size` and `allgather_bucket_size`, beside the device's
+# own 1.5 GiB.
+BUCKETS = {"fixed_bytes": 1.5 * 2**30 + 2 * 2 * 5e8}
 # AdamW written operator by operator: decay 8 bytes a parameter, first moment 20, second 20, root
 # and bias 24, update 16; and clipping 16.
 EAGER_ADAMW = {"optimizer_bytes": 104.0}
@@ -64,8 +78,12 @@ MEGATRON = Profile(
     dropout=0.1,
     explicit=True,
     short_gradients=True,
-    constants=NO_OVERLAP | SOFTMAX | SCATTERED,
+    constants=NO_OVERLAP | SOFTMAX | SCATTERED | ADDED,
+    cut="equal",
+    selective="[attention_mixed]",
     why=(
+        "stages have as many blocks each; selective recomputation runs attention's inside again, "
+        "without its projections",
         "attention's square is written out: FlashAttention came in 2022",
         "gradients are summed and reduced in fp16, its default then",
         "a message between stages is cut over the tensor ranks: an eighth of it in the open",
@@ -75,13 +93,25 @@ MEGATRON = Profile(
     ),
 )
 
+MEGATRON_3 = replace(
+    MEGATRON,
+    name="Megatron 3",
+    constants=NO_OVERLAP | SOFTMAX | SCATTERED | IN_PRODUCT | {"fused_norm": 1.0},
+    why=(
+        *MEGATRON.why,
+        "since 2022 a norm is one persistent kernel, and products of weight gradients add to the "
+        "sum by themselves",
+    ),
+)
+
 INTERNEVO = Profile(
     name="InternEvo",
     family="llama",
     short_gradients=True,
-    constants=FUSED | GATHERS_IN_THE_OPEN,
+    constants=FUSED | GATHERS_IN_THE_OPEN | ADDED,
+    by_gpu=FLASH_1,
     why=(
-        "FlashAttention and Apex; packed runs are as fast as others: attention stays in sequences",
+        "FlashAttention of 2022 and Apex; attention of packed runs stays in sequences",
         "gradients are bf16 and reduced behind the backward; parameters are sent in the open "
         "(`overlap_sync_param=False` in its configurations)",
     ),
@@ -90,26 +120,30 @@ INTERNEVO = Profile(
 PROFILES = {
     "Megatron 2020": MEGATRON,
     "Megatron 2021": MEGATRON,
-    "Korthikanti 2022": MEGATRON,
+    "Korthikanti 2022": MEGATRON_3,
     "BigScience": Profile(
         name="Megatron-DeepSpeed, BLOOM",
         family="gpt",
         bias=True,
         explicit=True,
         short_gradients=True,
-        constants=NO_OVERLAP | SOFTMAX,
+        constants=NO_OVERLAP | SOFTMAX | ADDED | BUCKETS,
+        cut="embeddings count",
         why=(
+            "stages have as many blocks each, the last what is left; in its bf16 runs embeddings "
+            "count as a block",
             "attention's square is written out, as in Megatron of 2021",
             "gradients are summed in fp16, or in float32 by its optimizer for bf16",
             "no dropout, as in the launch scripts of the run",
             "ZeRO 1 of DeepSpeed with a pipeline reduces after the last backward, in the open",
+            "its two buckets of 500 million elements stay in memory",
         ),
     ),
     "llm-foundry": Profile(
         name="Composer and FSDP",
         family="gpt",
         short_gradients=True,
-        constants=EAGER_ADAMW,
+        constants=EAGER_ADAMW | DIVIDED,
         by_gpu=TRITON,
         why=(
             "FlashAttention in Triton",
@@ -124,7 +158,8 @@ PROFILES = {
     "SimuMax B200": Profile(
         name="Megatron 2025, overlap off",
         family="llama",
-        constants=NO_OVERLAP | FUSED | IN_PLACE,
+        constants=NO_OVERLAP | FUSED | IN_PLACE | IN_PRODUCT,
+        cut="equal",
         why=(
             "attention and norms of Transformer Engine, a fused loss",
             "gradients in float32, summed where they are reduced",
@@ -136,7 +171,7 @@ PROFILES = {
         family="gpt",
         bias=True,
         short_gradients=True,
-        constants=FUSED,
+        constants=FUSED | IN_PRODUCT,
         why=(
             "attention of cuDNN, one kernel a norm and one for the loss, gradients in bf16",
             "gradients are reduced layer by layer behind the backward",
@@ -148,7 +183,7 @@ PROFILES = {
         bias=True,
         explicit=True,
         short_gradients=True,
-        constants=NO_OVERLAP | SOFTMAX,
+        constants=NO_OVERLAP | SOFTMAX | ADDED,
         why=("attention's square is written out", "XLA of 2022 runs collectives in the open"),
     ),
 }

@@ -22,7 +22,7 @@ train t {{
     batch = {row.batch} sequences
     optimizer = adamw; precision = {_precision(row, profile)}
 }}
-plan {{ {"; ".join(pins(row))} }}
+plan {{ {"; ".join(pins(row, profile))} }}
 """
 
 
@@ -94,7 +94,7 @@ def _precision(row: Row, profile: Profile) -> str:
     return f"{word}(reduce={word})" if short else word
 
 
-def pins(row: Row) -> list[str]:
+def pins(row: Row, profile: Profile) -> list[str]:
     """The published plan, and nothing left open but what the source does not say."""
     plan = row.plan
     # on one data rank there is nothing to shard
@@ -105,6 +105,8 @@ def pins(row: Row) -> list[str]:
         found.append(f"sequence = {'on' if plan.get('sequence') else 'off'}")
     if row.ranks("pipeline") > 1:
         found.append("schedule = " + ("interleaved" if row.ranks("interleave") > 1 else "1f1b"))
+    if row.ranks("pipeline") > 1 and profile.cut is not None:
+        found.append(f"stages = {stages(row, profile.cut)}")
     if "CP via all-to-all" in (row.attention or ""):
         found.append("context_style = ulysses")
     for key in ("context", "expert", "interleave"):
@@ -112,4 +114,15 @@ def pins(row: Row) -> list[str]:
             found.append(f"{key} = {row.ranks(key)}")
     if zero and row.ranks("data") > 1:
         found.append(f"shard = {plan.get('shard', row.ranks('data'))}")
-    return [*found, f"recompute = {plan['recompute']}"]
+    recompute = profile.selective if plan["recompute"] == "selective" else plan["recompute"]
+    return [*found, f"recompute = {recompute}"]
+
+
+def stages(row: Row, cut: str) -> list[int]:
+    """Blocks in each stage, as the software of the run divides them."""
+    count, layers = row.ranks("pipeline") * row.ranks("interleave"), row.size("layers")
+    if cut == "embeddings count" and "fp32 gradient" in row.precision:
+        each = (layers + 2) // count
+        return [each - 1, *[each] * (count - 2), each - 1]
+    each = -(-layers // count)
+    return [*[each] * (count - 1), layers - each * (count - 1)]

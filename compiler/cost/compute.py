@@ -34,6 +34,10 @@ BLOCKS_RAMP, KEYS_RAMP = 1.25, 256
 FlashAttention-2's charts for A100 and H100 follow keys / (keys + 256) within 4 %, keys that a
 causal mask hides not counted; SimuMax's shapes of few heads follow blocks / (blocks + 1.25 a
 multiprocessor) within 15 %."""
+ALIGNED_BYTES, MISALIGNED = 16, 0.5
+"""Rows of operands and results that are no multiple of 16 bytes keep tensor cores waiting (NVIDIA,
+Matrix Multiplication Background). Half: padding a vocabulary of 50257 to 50304 made GPT-2's step
+a quarter faster (nanoGPT)."""
 RAMP = 128
 """Depth of a product at which half of the multiprocessors' time goes into filling the pipe."""
 
@@ -83,13 +87,16 @@ def tile_efficiency(
     return best * depth / (depth + RAMP)
 
 
-def product_s(flops: float, shapes: Shapes, machine: Machine, groups: int = 1) -> float:
-    """`groups`: products side by side that share the rows, one for each expert."""
+def product_s(flops: float, shapes: Shapes, machine: Machine, width: int, groups: int = 1) -> float:
+    """`width`: bytes of an element. `groups`: products side by side that share the rows, one for
+    each expert."""
     elements = max(numel(shapes.result), 1)
     columns = shapes.result[-1] if shapes.result else 1
     depth = max(int(flops / (2 * elements)), 1)
     rows = max(elements // columns // groups, 1)
     share = tile_efficiency(rows, columns, depth, machine.multiprocessors, groups)
+    aligned = all(width * n % ALIGNED_BYTES == 0 for n in (columns, depth))
+    share *= 1.0 if aligned or machine.multiprocessors <= 1 else MISALIGNED
     return flops / (machine.matrix_flops * max(share, 1e-3))
 
 
@@ -121,7 +128,7 @@ def in_bytes(saved: Saved, width: int) -> Saved:
     return replace(saved, extra_bytes=extra, extra_elements=0)
 
 
-def kernels_s(kernels: Iterable[Kernel], machine: Machine) -> tuple[float, int]:
+def kernels_s(kernels: Iterable[Kernel], machine: Machine, width: int) -> tuple[float, int]:
     """Seconds at the device's rates, and how many are launched."""
     total, launches = 0.0, 0
     for kernel in kernels:
@@ -129,7 +136,7 @@ def kernels_s(kernels: Iterable[Kernel], machine: Machine) -> tuple[float, int]:
         if kernel.depth:
             made = Shapes((), (kernel.rows, kernel.columns))
             flops = 2.0 * kernel.rows * kernel.columns * kernel.depth
-            busy = max(busy, product_s(flops, made, machine))
+            busy = max(busy, product_s(flops, made, machine, width))
         total += kernel.count * busy
         launches += kernel.count
     return total, launches
@@ -158,11 +165,21 @@ def operator_cost(node: fx.Node, shapes: Shapes, machine: Machine, width: int) -
     if entry.kernels is not None:
         forward, backward = entry.kernels(node, shapes, width)
         return OperatorCost(
-            forward_s=machine.forward_s(entry.name, *kernels_s(forward, machine)),
-            backward_s=machine.backward_s(entry.name, *kernels_s(backward, machine)),
+            forward_s=machine.forward_s(entry.name, *kernels_s(forward, machine, width)),
+            backward_s=machine.backward_s(entry.name, *kernels_s(backward, machine, width)),
             flops=flops,
-            backward_flops=entry.backward_factor * flops,
+            backward_flops=entry.backward_factor(node) * flops,
             model_flops=counted(node, shapes),
+            saved=saved,
+            working_bytes=working,
+        )
+    if entry.joins is not None and entry.joins(node):
+        return OperatorCost(
+            forward_s=0.0,
+            backward_s=machine.backward_s(entry.name, result / machine.memory_bytes_per_s),
+            flops=0.0,
+            backward_flops=0.0,
+            model_flops=0.0,
             saved=saved,
             working_bytes=working,
         )
@@ -187,17 +204,20 @@ def operator_cost(node: fx.Node, shapes: Shapes, machine: Machine, width: int) -
     groups = 1 if entry.groups is None else entry.groups(shapes)
     tiled = entry.tiled(node, shapes) if entry.tiled is not None else None
     if tiled is None:
-        product = product_s(flops, shapes, machine, groups)
+        product = product_s(flops, shapes, machine, width, groups)
     else:
         product = tiled_s(flops, tiled, machine)
-    back = entry.backward_factor * max(product, moved)
+    # products side by side are short: nothing of one hides what it reads
+    spent = max(product, moved) if groups == 1 else product + moved
+    factor = entry.backward_factor(node)
+    back = factor * spent
     if entry.moved is not None:
-        back = max(entry.backward_factor * product, back_moved)
+        back = max(factor * product, back_moved)
     return OperatorCost(
-        forward_s=machine.forward_s(entry.name, max(product, moved)),
-        backward_s=machine.backward_s(entry.name, back, entry.backward_factor),
+        forward_s=machine.forward_s(entry.name, spent),
+        backward_s=machine.backward_s(entry.name, back, factor),
         flops=flops,
-        backward_flops=entry.backward_factor * flops,
+        backward_flops=factor * flops,
         model_flops=counted(node, shapes),
         saved=saved,
         working_bytes=working,

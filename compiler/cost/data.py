@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from llmspec.compiler.cost.hardware import UNIT, Machine
 from llmspec.compiler.cost.network import Group, collective_s, exposed_s
@@ -35,7 +35,8 @@ class DataGroups:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataCost:
     """Exposed seconds: in each micro-batch's forward and backward, and once a step at its start and
-    end. host_*: of the link to host memory.
+    end. host_*: of the link to host memory. weights_*: of each micro-batch's computing, what casts
+    weights and adds up their gradients.
 
     sends: (kind, axis, bytes, how often in a step).
     """
@@ -46,6 +47,8 @@ class DataCost:
     last_s: float = 0.0
     host_forward_s: float = 0.0
     host_backward_s: float = 0.0
+    weights_forward_s: float = 0.0
+    weights_backward_s: float = 0.0
     sends: tuple[tuple[str, str, int, int], ...] = ()
 
 
@@ -100,11 +103,35 @@ def sent_s(kind: Collective, width: int, unit: ZeroUnit, groups: DataGroups) -> 
 def data_cost(
     stage: Stage, zero: int, microbatches: int, groups: DataGroups, types: Types, machine: Machine
 ) -> DataCost:
-    if groups.data.ranks == 1 or not stage.elements:
+    if not stage.elements:
         return NOTHING
+    alone = groups.data.ranks == 1
+    if alone:
+        sent = NOTHING
+    elif zero == 0:
+        sent = _replicated(stage, groups, types, machine)
+    else:
+        sent = _sharded(units_of(stage), zero, microbatches, groups, types, machine)
+    forward, backward = _cast_and_added(0 if alone else zero, microbatches, types, machine)
+    elements = stage.elements / machine.memory_bytes_per_s
+    return replace(
+        sent, weights_forward_s=forward * elements, weights_backward_s=backward * elements
+    )
+
+
+def _cast_and_added(
+    zero: int, microbatches: int, types: Types, machine: Machine
+) -> tuple[float, float]:
+    """Bytes an element that each micro-batch moves forward and backward beside the products: with
+    ZeRO 0 each use casts, its gradient is cast back and added to the sum; with ZeRO 1 it is added
+    in the reduced type; with ZeRO 2 and 3 it is copied into what is reduced."""
+    if machine.gradient_bytes is not None:
+        return 0.0, machine.gradient_bytes
+    later = (microbatches - 1) / microbatches
     if zero == 0:
-        return _replicated(stage, groups, types, machine)
-    return _sharded(units_of(stage), zero, microbatches, groups, types, machine)
+        cast = types.weights + types.compute if types.mixed else 0
+        return float(cast), cast + later * 3 * types.gradients
+    return 0.0, types.compute + types.reduced + (later * types.reduced if zero == 1 else 0.0)
 
 
 def _replicated(stage: Stage, groups: DataGroups, types: Types, machine: Machine) -> DataCost:

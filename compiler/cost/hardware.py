@@ -35,9 +35,9 @@ GPU_CONSTANTS = {
     "link_efficiency": 0.80,
     "network_efficiency": 0.85,
     # What a step keeps of the rates of kernels timed alone, in clocks and between kernels: of ten
-    # sources of published steps, each left out in turn, the others give 0.91 to 0.93
+    # sources of published steps, each left out in turn, the others give 0.90 to 0.92
     # (docs/validation.md).
-    "sustained": 0.93,
+    "sustained": 0.91,
     # Share of a collective on its own stream that kernels can hide: it holds some multiprocessors.
     "overlap": 0.90,
     # Share of the host link that long copies of pinned memory reach: 25 to 26 of 31.5 GB/s
@@ -82,6 +82,10 @@ runs have and emitted programs do not."""
 OPTIMIZER_BYTES = "optimizer_bytes"
 """A constant: bytes a parameter that an optimizer of many kernels moves."""
 
+GRADIENT_BYTES = "gradient_bytes"
+"""A constant: bytes a parameter that each micro-batch moves to add up gradients, by software that
+stores weights in the type that it multiplies."""
+
 CPU_LINK_BYTES_PER_S = 1e9
 """Gloo over shared memory: 0.9 GB/s of bus bandwidth between two processes."""
 
@@ -95,11 +99,12 @@ class Machine:
     send_overlap, gather_overlap: share that kernels can hide of a message between stages, and of
         a gather of parameters.
     fused: operators that are one kernel each. optimizer_bytes: moved a parameter, when not by one
-        kernel.
+        kernel. gradient_bytes: moved a parameter by each micro-batch, when not as we do.
     operators: what calibration found, by an operator's name: launches and share of the rate
         predicted here, forward, and the same backward. UPDATE is the optimizer's.
     collectives: (kind, rounds of latency, share of the link's rate), inside a node.
     early_stop: a block that runs again stops at the last value that its backward keeps.
+    whole_logits: they are a value of their own.
     peak_flops: the nominal one that utilisation is a share of.
     link, network: bytes/s one way inside a node and, per device, between nodes.
     host_link: bytes/s one way to host memory; host_update: that the CPU's share of one device
@@ -129,7 +134,9 @@ class Machine:
     gather_overlap: float = 0.0
     fused: frozenset[str] = frozenset()
     optimizer_bytes: float | None = None
+    gradient_bytes: float | None = None
     early_stop: bool = True
+    whole_logits: bool = False
     operators: Mapping[str, tuple[float, ...]] = field(default_factory=dict, hash=False)
     collectives: tuple[tuple[str, float, float], ...] = ()
 
@@ -188,7 +195,9 @@ def machine_of(cluster: Cluster, types: Types) -> Machine:
             k.removeprefix(FUSED) for k, v in known.items() if v and k.startswith(FUSED)
         ),
         optimizer_bytes=known.get(OPTIMIZER_BYTES),
+        gradient_bytes=known.get(GRADIENT_BYTES),
         early_stop=known.get("early_stop", 1.0) > 0,
+        whole_logits=known.get("whole_logits", 0.0) > 0,
         operators=_operators(cluster),
         collectives=_collectives(cluster),
     )

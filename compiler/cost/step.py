@@ -92,8 +92,8 @@ def tail(
 def durations(stage: Stage, data: DataCost) -> tuple[float, float]:
     """Seconds of one micro-batch's forward and backward on a stage."""
     return (
-        stage.whole_forward_s + data.forward_s + data.host_forward_s,
-        stage.whole_backward_s + data.backward_s + data.host_backward_s,
+        stage.whole_forward_s + data.weights_forward_s + data.forward_s + data.host_forward_s,
+        stage.whole_backward_s + data.weights_backward_s + data.backward_s + data.host_backward_s,
     )
 
 
@@ -197,7 +197,8 @@ def _parts(
     transfer_s: float,
 ) -> Times:
     return Times(
-        compute=microbatches * (stage.forward_s + stage.backward_s),
+        compute=microbatches
+        * (stage.forward_s + stage.backward_s + cost.weights_forward_s + cost.weights_backward_s),
         tensor=microbatches * (stage.tensor_forward_s + stage.tensor_backward_s) + end.tensor_s,
         context=microbatches * stage.context_s,
         expert=microbatches * stage.expert_s,

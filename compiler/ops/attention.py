@@ -217,8 +217,9 @@ register(
         saved=_attention_saved,
         render=_render_attention,
         contraction=True,
-        # five products for the forward's two: the scores again (Dao 2023, FlashAttention-2, 3.2)
-        backward_factor=2.5,
+        # a kernel makes five products for the forward's two, the scores again among them (Dao 2023,
+        # FlashAttention-2, 3.2); written out they are kept
+        backward_factor=lambda node: 2.0 if node.args[5] else 2.5,
         model_flops=_model_flops,
         moved=_attention_moved,
         tiled=_tiled,

@@ -124,6 +124,11 @@ def _flops(node: fx.Node, shapes: Shapes) -> float:
     return _square_flops(node, shapes) * (1.0 if whole else _share(node, shapes))
 
 
+def _backward_factor(node: fx.Node) -> float:
+    """As of `attention`: where Ulysses writes it out, the scores are kept."""
+    return 2.0 if node.target is ulysses_attention and node.args[5] else 2.5
+
+
 def _model_flops(node: fx.Node, shapes: Shapes) -> float:
     return _square_flops(node, shapes) * _share(node, shapes)
 
@@ -266,7 +271,7 @@ for _function, _placed, _saved, _sends, _buffers in (
             render=_render,
             contraction=True,
             tiled=lambda node, shapes: tiled(shapes, _flops(node, shapes)),
-            backward_factor=2.5,  # as of `attention`
+            backward_factor=_backward_factor,
             model_flops=_model_flops,
             sends=_sends,
             buffers=_buffers,

@@ -18,6 +18,7 @@ from llmspec.compiler.ops.registry import (
     Rule,
     Saved,
     Shape,
+    late_weight,
     letters,
     numel,
     register,
@@ -135,6 +136,7 @@ def _arithmetic(
     linear: Callable[[fx.Node], tuple[tuple[int, ...], ...]],
     saved: Callable[[fx.Node, Any], Saved],
     gradient: Gradient,
+    joins: Callable[[fx.Node], bool] | None = None,
 ) -> None:
     def value(node: fx.Node, m: Maker, x: Operands) -> Expr:
         return m.binary(name, x[0], x[1])
@@ -151,15 +153,25 @@ def _arithmetic(
             saved=saved,
             render=render,
             formula=Formula(value=value, gradient=gradient),
+            joins=joins,
         )
     )
+
+
+def _joins_product(node: fx.Node) -> bool:
+    """A bias of a product with a weight: `F.linear` takes both."""
+    first, second = node.args[0], node.args[1]
+    if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
+        return False
+    product = late_weight(first) is not None and len(first.users) == 1
+    return product and second.op == "get_attr" and len(shape_of(second)) == 1
 
 
 def _nothing(node: fx.Node, _: Any) -> Saved:
     return Saved()
 
 
-_arithmetic("add", add, "+", _additive, _nothing, _add_gradient)
+_arithmetic("add", add, "+", _additive, _nothing, _add_gradient, _joins_product)
 _arithmetic("subtract", subtract, "-", _additive, _nothing, _subtract_gradient)
 _arithmetic("multiply", multiply, "*", _each, _product_saves, _multiply_gradient)
 _arithmetic("divide", divide, "/", _numerator, _product_saves, _divide_gradient)

@@ -146,7 +146,7 @@ register(
         saved=_saved,
         render=_render,
         contraction=True,
-        backward_factor=0.0,
+        backward_factor=lambda node: 0.0,
         kernels=_kernels,
         buffers=_buffers,
         makes_gradients=True,

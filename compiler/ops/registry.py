@@ -233,7 +233,7 @@ class Entry:
     saved: Callable[[fx.Node, Shapes], Saved]
     render: Callable[[fx.Node, Sequence[str], Localised], Printed]
     contraction: bool = False
-    backward_factor: float = 2.0
+    backward_factor: Callable[[fx.Node], float] = lambda node: 2.0
     """Of a contraction: what the backward executes for each operation of the forward."""
     alias: bool = False
     passes: bool = False
@@ -248,6 +248,9 @@ class Entry:
     """
     moved: Moved | None = None
     """Bytes between device and memory, where several kernels make more than operands and result."""
+    joins: Callable[[fx.Node], bool] | None = None
+    """Whether the kernel that makes its first operand does it too: its backward sums the gradient
+    of the other."""
     tiled: Callable[[fx.Node, Shapes], Tiled | None] | None = None
     """Of a contraction that has a kernel of its own: it runs at the device's rate of attention."""
     sends: Callable[[fx.Node, Shapes], tuple[Sends, ...]] | None = None

@@ -420,10 +420,12 @@ def _limits(
 
 def listed(unit: Unit, names: Sequence[str]) -> tuple[str, ...]:
     """The nodes of a lowered unit inside the operators that are listed: by what the language or the
-    dialect calls them, or by their own names."""
+    dialect calls them, or by their own names (a plan's)."""
     found = []
     for node in unit.calls():
-        words = {w for part in node.meta["scope"] for w in (part, operator_kind(part))}
+        words = {node.name} | {
+            w for part in node.meta["scope"] for w in (part, operator_kind(part))
+        }
         if not collective.is_collective(node):
             words.add(entry_of(node).name)
         if words & set(names):
@@ -438,7 +440,7 @@ def check_listed(graph: ModelGraph, names: Sequence[str], span: Span) -> None:
         for node in graph.units[name].calls():
             for part in node.meta["scope"]:
                 known |= {operator_kind(part): None, part: None}
-            known[entry_of(node).name] = None
+            known |= {entry_of(node).name: None, node.name: None}
     for name in names:
         if name not in known:
             raise Refused(

@@ -71,7 +71,7 @@ class Ranges:
         """Of logits that are there at once where they can be joined with the loss: that takes no
         longer than all of them."""
         weight = joined_weight(self.chain.graph(1))
-        if weight is None:
+        if weight is None or self.chain.machine.whole_logits:
             return None
         vocabulary = shape_of(weight)[0]
         return rows_at_once(-(-vocabulary // tensor), self.chain.types.compute)
@@ -82,7 +82,9 @@ class Ranges:
         weight, and several micro-batches wait for their backward."""
         weight = joined_weight(self.chain.graph(1))
         tokens = microbatch * self.chain.graph(1).tokens // grid.context
-        if weight is None or grid.pipeline == 1 or tokens >= shape_of(weight)[1]:
+        if weight is None or view.loss_rows is None:
+            return [view]
+        if grid.pipeline == 1 or tokens >= shape_of(weight)[1]:
             return [view]
         return [view, replace(view, loss_rows=None)]
 

@@ -94,6 +94,7 @@ def _forward(runs: Sequence[tuple[str, Run]], data: DataCost) -> Iterator[Slice]
         yield Slice("tensor", words, run.count * cost.tensor_forward_s)
         yield Slice("context", words, run.count * cost.context_forward_s)
         yield Slice("expert", words, run.count * cost.expert_forward_s)
+    yield Slice(COMPUTE, "cast weights", data.weights_forward_s)
     yield Slice("data", "gather", data.forward_s)
     yield Slice(OFFLOAD, "activations or parameters", data.host_forward_s)
 
@@ -117,5 +118,6 @@ def _backward(runs: Sequence[tuple[str, Run]], data: DataCost, *, late: bool) ->
         yield Slice("tensor", words, run.count * cost.tensor_backward_s)
         yield Slice("context", words, run.count * cost.context_backward_s)
         yield Slice("expert", words, run.count * cost.expert_backward_s)
+    yield Slice(COMPUTE, "add up gradients", data.weights_backward_s)
     yield Slice("data", "gather and reduce", data.backward_s)
     yield Slice(OFFLOAD, "activations or parameters", data.host_backward_s)

@@ -10,7 +10,8 @@ from bench.validation.page import render
 from bench.validation.price import price
 from bench.validation.profiles import PROFILES, profile_of
 from bench.validation.rows import FAMILIES, read_rows
-from bench.validation.specs import spec_text
+from bench.validation.set_aside import CONTRADICTED, reason
+from bench.validation.specs import spec_text, stages
 
 ROWS = {row.id: row for row in read_rows()}
 
@@ -53,8 +54,29 @@ def test_reasons() -> None:
 def test_pins_are_the_published_plan() -> None:
     row = ROWS["bigscience-L609-181B-dp4tp8pp12mbs4gbs2048"]
     pins = "plan { data = 4; tensor = 8; pipeline = 12; zero = 1; microbatch = 4; sequence = off; "
-    pins += "schedule = 1f1b; shard = 4; recompute = full }"
+    pins += "schedule = 1f1b; stages = [6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6]; shard = 4; "
+    pins += "recompute = full }"
     assert pins in spec_text(row, profile_of(row))
+    selective = ROWS["korthikanti-t5-175B-sel+sp"]
+    assert "recompute = [attention_mixed] }" in spec_text(selective, profile_of(selective))
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [
+        ("bigscience-L831-182B-dp8tp4pp12mbs2gbs2048-h64", [*[7] * 11, 1]),  # as the source says
+        ("bigscience-L948-176B-dp8tp4pp12mbs2gbs2048-h112", [5, *[6] * 10, 5]),
+        ("simumax-b200-llama3_70b_l12_tp1_pp2_dp4_mbc32", [6, 6]),
+    ],
+)
+def test_stages_are_cut_as_the_software_did(name: str, blocks: list[int]) -> None:
+    row = ROWS[name]
+    assert stages(row, profile_of(row).cut or "") == blocks
+
+
+def test_what_is_left_out_is_there() -> None:
+    assert set(CONTRADICTED) <= set(ROWS)
+    assert sum(reason(row) is not None for row in ROWS.values()) < 0.1 * len(ROWS)
 
 
 def test_page_follows_from_the_results() -> None:

@@ -1,9 +1,9 @@
-"""Emitted by llmspec from llama3_8b_long.llmspec. Spec be1786578ad0, plan 72830c.
+"""Emitted by llmspec from llama3_8b_long.llmspec. Spec be1786578ad0, plan 2d2a41.
 Change the spec or the plan, then: llmspec compile llama3_8b_long.llmspec
 
-Mesh: shards 4 x context 8 = 32 processes. ZeRO 2.
+Mesh: shards 8 x context 4 = 32 processes. ZeRO 3.
 Shapes of one micro-batch on one process: B 1 sequences;
-    T 16_384 tokens (131_072 over context); V 128_256 vocabulary; D 4_096 width;
+    T 32_768 tokens (131_072 over context); V 128_256 vocabulary; D 4_096 width;
     I 4_096 heads x head size; H 32 heads; E 128 head size;
     J 1_024 key/value heads x head size; K 8 key/value heads; F 14_336 hidden width
 """
@@ -25,10 +25,25 @@ from runtime.rotary import rotary
 
 # What each block `layer` drops after its forward and computes again in its backward.
 RECOMPUTE = (
-    # rmsnorm, rmsnorm_2, swiglu (gate, hidden): 1,152.1 MiB less, 1.26 ms more predicted
-    *29 * [{"rmsnorm_normed", "rmsnorm_2_normed", "swiglu_gate_2", "swiglu_hidden"}],
-    # swiglu (gate): 448.0 MiB less, 0.36 ms more predicted
-    *3 * [{"swiglu_gate_2"}],
+    # rmsnorm, attention (q, k, v), rmsnorm_2, swiglu (gate, up, hidden): 4,480.2 MiB less, 18.3 ms more predicted
+    *15
+    * [
+        {
+            "rmsnorm_normed",
+            "attention_q_1",
+            "attention_k_1",
+            "attention_v_1",
+            "attention_q_3",
+            "attention_k_3",
+            "rmsnorm_2_normed",
+            "swiglu_gate_1",
+            "swiglu_up_1",
+            "swiglu_gate_2",
+            "swiglu_hidden",
+        }
+    ],
+    # rmsnorm, rmsnorm_2, swiglu (gate, hidden): 2,304.2 MiB less, 2.56 ms more predicted
+    *17 * [{"rmsnorm_normed", "rmsnorm_2_normed", "swiglu_gate_2", "swiglu_hidden"}],
 )
 
 
@@ -55,13 +70,19 @@ class LayerAttention(nn.Module):
         self.context = mesh.context
 
     def forward(self, normed_BTD: Tensor) -> Tensor:
-        q_BTHE = F.linear(normed_BTD, local(self.q)).unflatten(-1, (-1, 128))
-        k_BTKE = F.linear(normed_BTD, local(self.k)).unflatten(-1, (-1, 128))
-        v_BTKE = F.linear(normed_BTD, local(self.v)).unflatten(-1, (-1, 128))
-        q_BTHE = rotary(q_BTHE, 500000.0, context=self.context)
-        k_BTKE = rotary(k_BTKE, 500000.0, context=self.context)
-        # pass on over context meanwhile: 7 x 64 MiB, 1.45 ms predicted; backward: pass on
-        # backward: pass on over context meanwhile, 8 x 128 MiB, 3.27 ms predicted
+        q_BTHE = again("attention_q_1", F.linear, normed_BTD, local(self.q)).unflatten(
+            -1, (-1, 128)
+        )
+        k_BTKE = again("attention_k_1", F.linear, normed_BTD, local(self.k)).unflatten(
+            -1, (-1, 128)
+        )
+        v_BTKE = again("attention_v_1", F.linear, normed_BTD, local(self.v)).unflatten(
+            -1, (-1, 128)
+        )
+        q_BTHE = again("attention_q_3", rotary, q_BTHE, 500000.0, context=self.context)
+        k_BTKE = again("attention_k_3", rotary, k_BTKE, 500000.0, context=self.context)
+        # pass on over context meanwhile: 3 x 128 MiB, 1.23 ms predicted; backward: pass on
+        # backward: pass on over context meanwhile, 4 x 256 MiB, 3.25 ms predicted
         mixed_BTI = ring_attention(q_BTHE, k_BTKE, v_BTKE, self.context, causal=True).flatten(-2)
         return F.linear(mixed_BTI, local(self.out))
 
@@ -76,8 +97,8 @@ class LayerSwiglu(nn.Module):
         self.down = parameter((4096, 14336), mesh=mesh, init=Normal(std=0.0025))
 
     def forward(self, normed_BTD: Tensor) -> Tensor:
-        gate_BTF = F.linear(normed_BTD, local(self.gate))
-        up_BTF = F.linear(normed_BTD, local(self.up))
+        gate_BTF = again("swiglu_gate_1", F.linear, normed_BTD, local(self.gate))
+        up_BTF = again("swiglu_up_1", F.linear, normed_BTD, local(self.up))
         gate_BTF = again("swiglu_gate_2", F.silu, gate_BTF)
         hidden_BTF = again("swiglu_hidden", torch.mul, gate_BTF, up_BTF)
         return F.linear(hidden_BTF, local(self.down))
@@ -118,8 +139,8 @@ class Last(nn.Module):
 
     def forward(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         normed_BTD = rms_norm(x_BTD, local(self.rmsnorm.weight), eps=1e-05)
-        # 3.914 GiB of logits, 250.5 MiB at a time;
-        # their gradients are made at once: 1.104 GiB wait for the backward
+        # 7.828 GiB of logits, 250.5 MiB at a time;
+        # their gradients are made at once: 1.229 GiB wait for the backward
         return linear_cross_entropy_sum(
             normed_BTD, local(self.unembed.table), targets_BT, rows=1024
         )

@@ -1,7 +1,7 @@
-"""Emitted by llmspec from llama3_8b_long.llmspec. Spec be1786578ad0, plan 72830c.
+"""Emitted by llmspec from llama3_8b_long.llmspec. Spec be1786578ad0, plan 2d2a41.
 Change the spec or the plan, then: llmspec compile llama3_8b_long.llmspec
 
-Mesh: shards 4 x context 8 = 32 processes. ZeRO 2.
+Mesh: shards 8 x context 4 = 32 processes. ZeRO 3.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ from runtime.sharded_data_parallel import ShardedGradients
 
 STEPS = 1000
 BATCH = 32  # sequences per step, over all processes
-MICROBATCHES = 8  # of 1 sequences each
+MICROBATCHES = 4  # of 1 sequences each
 SEQUENCE = 131072
 VOCABULARY = 128256
 SEED = 1
@@ -32,8 +32,8 @@ FOLDER = Path(__file__).parent
 FLOPS_PER_TOKEN = 1.48107e11  # model, not hardware
 PEAK_FLOPS = 9.89e14  # of one device, bf16, dense
 # what plan.json predicts; the run ends with what was measured beside it
-STEP_S = 47.2869
-MEMORY_BYTES = 74967583232  # 69.8 GiB, of tensors, on the fullest GPU
+STEP_S = 48.4533
+MEMORY_BYTES = 75557423104  # 70.4 GiB, of tensors, on the fullest GPU
 COMPUTE = torch.bfloat16  # weights are float32
 REDUCE = torch.float32  # gradients are summed in it
 
@@ -44,10 +44,10 @@ class Trainer:
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
         self.model = Model(mesh)
-        # FSDP2 gathers each unit's parameters once a step,
+        # FSDP2 gathers each unit's parameters for its forward and for its backward,
         # and sums its gradients over the data and context ranks after every backward, a part on each
         self.gradients = ShardedGradients(
-            self.model, mesh, units=self.model.units(), zero=2, compute=COMPUTE, reduce=REDUCE
+            self.model, mesh, units=self.model.units(), zero=3, compute=COMPUTE, reduce=REDUCE
         )
         initialise(self.model, mesh, seed=SEED)
         self.models = [self.model]
@@ -80,7 +80,7 @@ class Trainer:
 
 @record  # torchrun shows the first failure of any process
 def main() -> None:
-    mesh = start(shards=4, context=8)
+    mesh = start(shards=8, context=4)
     trainer = Trainer(mesh)
     optimizer = optimizers.adamw(
         trainer.models, lr=2e-05, betas=(0.9, 0.95), eps=1e-08, weight_decay=0.1

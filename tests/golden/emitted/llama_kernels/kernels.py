@@ -18,8 +18,8 @@ from runtime.fused import flat, jit, operator, tl, turned, whole_rows, wide
 # rmsnorm: `layer`, library/llama.llmspec:10; `last`, library/llama.llmspec:13
 #
 #   x [B, t, D]; weight [D] -> normed [B, t, D]
-#   forward moves 128 MiB: 0.0507 ms predicted, bound by memory
-#   backward moves 192 MiB: 0.076 ms predicted, bound by memory
+#   forward moves 128 MiB: 0.0518 ms predicted, bound by memory
+#   backward moves 192 MiB: 0.0777 ms predicted, bound by memory
 #   kept for the backward: x, weight
 
 
@@ -145,8 +145,8 @@ rmsnorm = operator("rmsnorm", rmsnorm_plain, rmsnorm_triton, _rmsnorm_gradients,
 # rotary: `layer`, library/llama.llmspec:10
 #
 #   x [B, T, h, E] -> result [B, T, h, E]
-#   forward moves 132 MiB: 0.0523 ms predicted, bound by memory
-#   backward moves 132 MiB: 0.0523 ms predicted, bound by memory
+#   forward moves 132 MiB: 0.0534 ms predicted, bound by memory
+#   backward moves 132 MiB: 0.0534 ms predicted, bound by memory
 #   kept for the backward: cos, sin
 
 
@@ -302,8 +302,8 @@ rotary = operator("rotary", rotary_plain, rotary_triton, _rotary_gradients, _kee
 # residual_rmsnorm: `layer`, library/llama.llmspec:13
 #
 #   x, out [B, t, D]; weight [D] -> x_2, normed [B, t, D]
-#   forward moves 256 MiB: 0.101 ms predicted, bound by memory
-#   backward moves 256 MiB: 0.101 ms predicted, bound by memory
+#   forward moves 256 MiB: 0.104 ms predicted, bound by memory
+#   backward moves 256 MiB: 0.104 ms predicted, bound by memory
 #   kept for the backward: weight, x_2
 
 
@@ -457,8 +457,8 @@ residual_rmsnorm = operator(
 # silu_gate: `layer`, library/llama.llmspec:11
 #
 #   gate, up [B, T, f] -> hidden [B, T, f]
-#   forward moves 672 MiB: 0.266 ms predicted, bound by memory
-#   backward moves 1.09 GiB: 0.443 ms predicted, bound by memory
+#   forward moves 672 MiB: 0.272 ms predicted, bound by memory
+#   backward moves 1.09 GiB: 0.453 ms predicted, bound by memory
 #   kept for the backward: gate, up
 
 
