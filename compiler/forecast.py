@@ -26,6 +26,7 @@ from llmspec.compiler.search.meshes import Grid
 from llmspec.compiler.search.options import TensorOption
 from llmspec.compiler.search.pins import Recompute
 from llmspec.compiler.search.predicted import plan_object, predicted_object
+from llmspec.compiler.search.sent import collectives_of
 from llmspec.compiler.search.space import Space
 from llmspec.compiler.views import view_of
 from llmspec.dsl import Diagnostic
@@ -74,6 +75,10 @@ class Priced:
         """What decides how long and in how many pieces things live on a rank."""
         plain = self.space.pricing.residence(self.shape, self.plan.zero, self.plan.mesh.shards)
         return holder.home(plain)
+
+    def collectives(self, rank: int) -> list[dict[str, Any]]:
+        """What each device of a pipeline rank sends in a step."""
+        return collectives_of(self.space, _candidate(self), list(self.stages), rank)
 
     def blocks(self, stage: int) -> int:
         first, stop = self.shape.cut[stage]

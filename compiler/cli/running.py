@@ -91,7 +91,12 @@ def dryrun(options: Namespace) -> int:
 def role_json(role: Role) -> dict[str, object]:
     names = ("kind", "ranks", "bytes", "count")
     sent = [dict(zip(names, one, strict=True)) for one in role.collectives]
-    return {**asdict(role), "collectives": sent, "error": role.error}
+    different = [
+        dict(zip((*names[:3], "planned", "executed"), d, strict=True)) for d in role.differing
+    ]
+    shown = {**asdict(role), "collectives": sent, "error": role.error, "differing": different}
+    del shown["predicted_collectives"]
+    return shown
 
 
 def role_lines(role: Role) -> list[str]:
@@ -102,6 +107,13 @@ def role_lines(role: Role) -> list[str]:
     ]
     for kind, ranks, size, count in role.collectives:
         lines.append(f"  {kind:14} {in_bytes(size):>10} over {ranks} ranks, {count} times")
+    for kind, ranks, size, said, done in role.differing:
+        lines.append(
+            f"  differs: {kind} of {size:,} bytes over {ranks} ranks, "
+            f"{said} times in the plan, {done} executed"
+        )
+    if not role.differing:
+        lines.append("  every collective is the plan's")
     return lines
 
 

@@ -4,7 +4,7 @@ hides."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 from llmspec.compiler.cost.hardware import UNIT, Machine
@@ -176,7 +176,7 @@ def _sharded(
     spare = sum(u.count * max(0.0, u.backward_s - s) for u, _, s in pairs)
     part = types.reduced * -(-size // groups.shards.ranks)
     across = exposed_s(collective_s(REDUCE, part, groups.replicas), spare, share)
-    sends = _sends(size, of_experts, part, zero, microbatches, groups, types)
+    sends = tuple(_sends(units, zero, microbatches, groups, types))
     match zero:
         case 1:
             return DataCost(first_s=gathering, last_s=scattering + across, sends=sends)
@@ -197,24 +197,37 @@ def copied_s(units: list[ZeroUnit], width: int, machine: Machine, *, forward: bo
 
 
 def _sends(
-    size: int,
-    of_experts: int,
-    part: int,
-    zero: int,
-    microbatches: int,
-    groups: DataGroups,
-    types: Types,
-) -> tuple[tuple[str, str, int, int], ...]:
+    units: list[ZeroUnit], zero: int, microbatches: int, groups: DataGroups, types: Types
+) -> Iterator[tuple[str, str, int, int]]:
+    """Of every unit by itself; experts are units inside their block."""
     gathers = 2 * microbatches if zero == 3 else 1
     scatters = 1 if zero == 1 else microbatches
-    found: list[tuple[str, str, int, int]] = []
-    for axis, where, elements in (
-        ("shards", groups.shards, size),
-        ("expert_data", groups.experts, of_experts),
-    ):
-        if where.ranks > 1 and elements:
-            found.append((str(GATHER), axis, types.compute * elements, gathers))
-            found.append((str(SCATTER), axis, types.reduced * elements, scatters))
-    if groups.replicas.ranks > 1:
-        found.append((str(REDUCE), "replicas", part, 1))
-    return tuple(found)
+    for unit in units:
+        shared = unit.elements - unit.experts
+        for axis, where, elements in (
+            ("shards", groups.shards, shared),
+            ("expert_data", groups.experts, unit.experts),
+        ):
+            if where.ranks > 1 and elements:
+                yield str(GATHER), axis, types.compute * elements, unit.count * gathers
+                yield str(SCATTER), axis, types.reduced * elements, unit.count * scatters
+        if groups.replicas.ranks > 1 and shared:
+            part = types.reduced * -(-shared // groups.shards.ranks)
+            yield str(REDUCE), "replicas", part, unit.count
+
+
+BUCKETS = 6
+"""Into how many runtime/replicated_data_parallel.py cuts gradients, if they are not too large."""
+
+
+def buckets(sizes: Sequence[tuple[int, bool]]) -> list[list[int]]:
+    """Gradients that ZeRO 0 sums together, by their places. `sizes`: bytes of the weights in the
+    model's order, and whether they are experts', which have sums of their own."""
+    enough = min(sum(size for size, _ in sizes) / BUCKETS, BUCKET_BYTES)
+    found: list[list[int]] = []
+    pending: dict[bool, list[int]] = {}
+    for place, (_, kind) in reversed(list(enumerate(sizes))):
+        pending.setdefault(kind, []).append(place)
+        if sum(sizes[i][0] for i in pending[kind]) >= enough:
+            found.append(pending.pop(kind))
+    return [*found, *pending.values()]

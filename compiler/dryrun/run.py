@@ -6,11 +6,12 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmspec.compiler.driver import Session, compile_plan
-from llmspec.compiler.forecast import forecast
+from llmspec.compiler.forecast import Priced, forecast, priced
 from llmspec.compiler.plan import Plan
 from llmspec.compiler.verify.run import mesh_sizes
 
@@ -28,7 +29,8 @@ class Role:
 
     peak_bytes: of live tensors in a steady step, what PyTorch and NCCL need besides left out;
         peak_at: the operator that reached it. resting_bytes: alive between two steps.
-    predicted_bytes: the ledger's peak without its fixed part.
+    predicted_bytes: the ledger's peak without its fixed part. collectives: of one step;
+        predicted_collectives: what the plan says of this rank.
     """
 
     pipeline_rank: int
@@ -37,6 +39,18 @@ class Role:
     resting_bytes: int
     predicted_bytes: int
     collectives: tuple[Sent, ...]
+    predicted_collectives: tuple[Sent, ...] = ()
+
+    @property
+    def differing(self) -> tuple[tuple[str, int, int, int, int], ...]:
+        """(kind, ranks, bytes, how often in the plan, how often executed) where these differ."""
+        said = {sent[:3]: sent[3] for sent in self.predicted_collectives}
+        done = {sent[:3]: sent[3] for sent in self.collectives}
+        return tuple(
+            (*key, said.get(key, 0), done.get(key, 0))
+            for key in sorted(said.keys() | done.keys())
+            if said.get(key, 0) != done.get(key, 0)
+        )
 
     @property
     def error(self) -> float:
@@ -49,7 +63,9 @@ def dry_run(session: Session, plan: Plan, *, timeout_s: float = 3600.0) -> tuple
 
     Errors: RoleFailed when the program raises.
     """
-    known = forecast(session.program, plan, session.graph(plan.microbatch))
+    graph = session.graph(plan.microbatch)
+    known = forecast(session.program, plan, graph)
+    price = priced(session.program, plan, graph)
     fixed = [stage.memory.total - stage.memory.fixed for stage in known.stages]
     across = plan.mesh.world_size // plan.mesh.pipeline
     roles = []
@@ -62,10 +78,19 @@ def dry_run(session: Session, plan: Plan, *, timeout_s: float = 3600.0) -> tuple
                     pipeline_rank=rank,
                     predicted_bytes=max(fixed[rank :: plan.mesh.pipeline]),
                     collectives=tuple(tuple(one) for one in seen.pop("collectives")),
+                    predicted_collectives=_said(price, rank),
                     **seen,
                 )
             )
     return tuple(roles)
+
+
+def _said(price: Priced, rank: int) -> tuple[Sent, ...]:
+    """Whatever the axis: two of them may have groups of one size."""
+    counted: Counter[tuple[str, int, int]] = Counter()
+    for one in price.collectives(rank):
+        counted[one["kind"], one["ranks"], one["bytes"]] += one["count"]
+    return tuple((*key, often) for key, often in sorted(counted.items()) if often)
 
 
 def _executed(plan: Plan, folder: str, rank: int, timeout_s: float) -> dict:

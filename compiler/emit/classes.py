@@ -235,15 +235,22 @@ class ClassPrinter:
         )
 
     def _members(self) -> Tree:
-        """Everything `__init__` assigns: modules and parameters, by name."""
-        tree: Tree = {}
+        """Everything `__init__` assigns: modules and parameters, by name, in the order of their
+        first use: ZeRO 0 puts gradients into buckets from the end."""
+        place = {node: i for i, node in enumerate(self.unit.graph.nodes)}
+        found: list[tuple[int, str, str]] = []
         for child in self.section.children():
             path = ".".join(child.scope[len(self.section.scope) :])
             more = ", first_dropout" if has_dropout(child.nodes) else ""
-            grow(tree, path, f"{self.child_class(child)}(mesh{more})")
+            first = min(place[node] for node in child.nodes)
+            found.append((first, path, f"{self.child_class(child)}(mesh{more})"))
         for node in self.section.parameters:
             weight: Parameter = node.meta["parameter"]
-            grow(tree, self.relative(weight), self.member(weight))
+            first = min((place[user] for user in node.users), default=len(place))
+            found.append((first, self.relative(weight), self.member(weight)))
+        tree: Tree = {}
+        for _, path, text in sorted(found, key=lambda one: one[0]):
+            grow(tree, path, text)
         return tree
 
     def child_class(self, child: Child) -> str:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from typing import Any
 
 from llmspec.compiler.cost.stage import Stage
 from llmspec.compiler.passes.recompute import in_words, stretches
-from llmspec.compiler.placement import Collective
 from llmspec.compiler.plan import EVERYTHING
-from llmspec.compiler.schedules import stages_of
 from llmspec.compiler.search.candidates import Candidate
 from llmspec.compiler.search.critical_batch import batch_object
 from llmspec.compiler.search.limits import HOUR_S, steps_of
 from llmspec.compiler.search.pins import Recompute
 from llmspec.compiler.search.policies import lowered
+from llmspec.compiler.search.sent import collectives_of
 from llmspec.compiler.search.space import Space
 
 DIGITS = 9
@@ -177,44 +175,6 @@ def ramp_stage(space: Space, found: Candidate, steps: int, sequences: int) -> Nu
 
 def collectives(space: Space, found: Candidate, stages: list[Stage]) -> list[Number]:
     """What one rank sends in a step, of those on the pipeline's busiest place."""
-    shape, mesh, schedule = found.shape, found.mesh, found.schedule
-    ranks = space.pricing.by_ranks(shape, stages, schedule)
+    ranks = space.pricing.by_ranks(found.shape, stages, found.schedule)
     busiest = max(range(len(ranks)), key=lambda i: ranks[i].busy_s)
-    stage = ranks[busiest]
-    counted: Counter[tuple[str, str, int, int]] = Counter()
-    for run in stage.runs:
-        again = run.recompute.sends if run.recompute else ()
-        for axis, kind, size, forward, backward in run.cost.sends:
-            often = run.count * shape.microbatches * (forward + backward)
-            counted[kind, axis, getattr(mesh, axis), size] += often
-        for axis, kind, size, times in again:
-            often = run.count * shape.microbatches * times
-            counted[kind, axis, getattr(mesh, axis), size] += often
-    parts = shape.grid.parts(found.zero, found.shards)
-    summed = parts.largest(stage.shadow_elements, stage.expert_shadow_elements)
-    if mesh.tensor > 1 and summed:
-        size = space.types.reduced * summed
-        counted[str(Collective.ALL_REDUCE), "tensor", mesh.tensor, size] += 1
-    data = space.pricing.data_costs(shape, stages, found.zero, found.shards, found.offload)
-    sizes = {
-        "shards": mesh.shards * mesh.context,
-        "replicas": mesh.replicas,
-        "data": mesh.data * mesh.context,
-        "expert_data": mesh.expert_data,
-    }
-    of_ranks = space.pricing.rank_data_costs(shape, data, schedule)
-    for kind, axis, size, often in of_ranks[busiest].sends:
-        counted[kind, axis, sizes[axis], size] += often
-    if mesh.pipeline > 1:
-        message = max(s.output_bytes for s in stages[:-1])
-        own = stages_of(schedule, busiest, len(stages), mesh.pipeline)
-        others = set(range(len(stages))) - set(own)
-        ends = sum((s + 1 in others) + (s - 1 in others) for s in own)
-        counted["send", "pipeline", mesh.pipeline, message] += ends * shape.microbatches
-        shared, _ = space.pricing.shared_weights(stages, mesh, parts.shared, schedule)
-        if shared:
-            counted[str(Collective.ALL_REDUCE), "pipeline", 2, shared] += 1
-    return [
-        {"kind": kind, "axis": axis, "ranks": ranks, "bytes": size, "count": often}
-        for (kind, axis, ranks, size), often in sorted(counted.items())
-    ]
+    return collectives_of(space, found, stages, busiest)

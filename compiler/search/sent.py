@@ -1,0 +1,137 @@
+"""Every collective and message of one rank's step: kind, axis, ranks, bytes, how often."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx
+
+from llmspec.compiler.cost.data import buckets
+from llmspec.compiler.cost.stage import Stage
+from llmspec.compiler.cost.unit import parameter_nodes, resolve
+from llmspec.compiler.ops.registry import numel, shape_of
+from llmspec.compiler.placement import Collective, local_shape
+from llmspec.compiler.schedules import stages_of
+from llmspec.compiler.search.candidates import Candidate
+from llmspec.compiler.search.space import Space
+
+Key = tuple[str, str, int, int]
+"""(kind, axis, ranks, bytes of the whole value; of an all-to-all and a message what is given)."""
+
+NORM_BYTES = 8
+"""The square of the gradients' norm, in float64."""
+
+
+def collectives_of(
+    space: Space, found: Candidate, stages: list[Stage], rank: int
+) -> list[dict[str, Any]]:
+    """Of any of the devices of a pipeline rank."""
+    mesh = found.mesh
+    own = stages_of(found.schedule, rank, len(stages), mesh.pipeline)
+    counted: Counter[Key] = Counter()
+    for stage in own:
+        _in_blocks(counted, found, stages[stage])
+        _between_data_ranks(counted, space, found, stages, stage)
+        _partial(counted, space, found, stages[stage])
+    if mesh.pipeline > 1:
+        _between_stages(counted, space, found, stages, own)
+    if mesh.world_size > 1:
+        counted[str(Collective.ALL_REDUCE), "world", mesh.world_size, NORM_BYTES] += 1
+    return [
+        {"kind": kind, "axis": axis, "ranks": ranks, "bytes": size, "count": often}
+        for (kind, axis, ranks, size), often in sorted(counted.items())
+    ]
+
+
+def _in_blocks(counted: Counter[Key], found: Candidate, stage: Stage) -> None:
+    """What operators and conversions of placement send, in each micro-batch."""
+    mesh, count = found.mesh, found.shape.microbatches
+    for run in stage.runs:
+        for axis, kind, size, forward, backward in run.cost.sends:
+            often = run.count * count * (forward + backward)
+            counted[kind, axis, getattr(mesh, axis), size] += often
+        for axis, kind, size, times in run.recompute.sends if run.recompute else ():
+            counted[kind, axis, getattr(mesh, axis), size] += run.count * count * times
+
+
+def _partial(counted: Counter[Key], space: Space, found: Candidate, stage: Stage) -> None:
+    """Gradients that are sums over the tensor ranks, together once a step."""
+    parts = found.shape.grid.parts(found.zero, found.shards)
+    summed = parts.largest(stage.shadow_elements, stage.expert_shadow_elements)
+    if found.mesh.tensor > 1 and summed:
+        size = space.types.reduced * summed
+        counted[str(Collective.ALL_REDUCE), "tensor", found.mesh.tensor, size] += 1
+
+
+def _between_data_ranks(
+    counted: Counter[Key], space: Space, found: Candidate, stages: list[Stage], stage: int
+) -> None:
+    mesh, shape = found.mesh, found.shape
+    sizes = {
+        "shards": mesh.shards * mesh.context,
+        "replicas": mesh.replicas,
+        "data": mesh.data * mesh.context,
+        "expert_data": mesh.expert_data,
+    }
+    if found.zero == 0:
+        for axis, size in _bucket_bytes(space, found, stage):
+            if sizes[axis] > 1:
+                counted[str(Collective.ALL_REDUCE), axis, sizes[axis], size] += 1
+        return
+    cost = space.pricing.data_costs(shape, stages, found.zero, found.shards, found.offload)[stage]
+    # a second part's gradients come when the first part's have been summed
+    again = shape.microbatches if found.schedule.splits and found.zero > 1 else 1
+    for kind, axis, size, often in cost.sends:
+        counted[kind, axis, sizes[axis], size] += often * (again if axis == "replicas" else 1)
+
+
+def _bucket_bytes(space: Space, found: Candidate, stage: int) -> Iterator[tuple[str, int]]:
+    """(axis, bytes) of each of a stage's buckets."""
+    shape = found.shape
+    if found.mesh.data * found.mesh.context == 1:
+        return
+    option, graph = shape.option, space.graph(shape.microbatch, shape.option.view)
+    own: list[tuple[int, bool]] = []
+    first, stop = shape.cut[stage]
+    for instance in graph.instances[first:stop]:
+        unit = graph.units[instance.unit]
+        states = resolve(unit, option.placements[unit.name], option.ranks).parameters
+        for node in sorted(parameter_nodes(unit), key=_first_use):
+            path = str(node.target)
+            parameter = unit.parameters[path]
+            if parameter.tied is None or found.mesh.pipeline > 1:
+                local = numel(local_shape(shape_of(node), states[path], option.ranks))
+                own.append((local, parameter.expert_ranks > 1))
+    if found.mesh.expert_data == 1:
+        own = [(size, split) for size, split in own if not split]
+    stored = space.types.weights
+    for bucket in buckets([(stored * size, split) for size, split in own]):
+        axis = "expert_data" if own[bucket[0]][1] else "data"
+        yield axis, space.types.reduced * sum(own[i][0] for i in bucket)
+
+
+def _first_use(node: fx.Node) -> int:
+    """The order in which an emitted module holds its weights."""
+    place = {other: i for i, other in enumerate(node.graph.nodes)}
+    return min((place[user] for user in node.users), default=len(place))
+
+
+def _between_stages(
+    counted: Counter[Key],
+    space: Space,
+    found: Candidate,
+    stages: list[Stage],
+    own: tuple[int, ...],
+) -> None:
+    mesh, shape = found.mesh, found.shape
+    message = max(s.output_bytes for s in stages[:-1])
+    others = set(range(len(stages))) - set(own)
+    ends = sum((s + 1 in others) + (s - 1 in others) for s in own)
+    if ends:
+        counted["send", "pipeline", mesh.pipeline, message] += ends * shape.microbatches
+    parts = shape.grid.parts(found.zero, found.shards)
+    shared, _ = space.pricing.shared_weights(stages, mesh, parts.shared, found.schedule)
+    if shared and {0, len(stages) - 1} & set(own):
+        counted["send", "pipeline", mesh.pipeline, shared] += 1
