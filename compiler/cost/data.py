@@ -67,13 +67,15 @@ def added(costs: Sequence[DataCost]) -> DataCost:
 @dataclass(frozen=True, slots=True)
 class ZeroUnit:
     """One block of ZeRO's units: elements, of them those of split experts, which are a unit inside
-    it, seconds of its forward and backward, how often."""
+    it, seconds of its forward and backward, how often. stays: gathered from its forward to its
+    backward, as the root is."""
 
     elements: int
     experts: int
     forward_s: float
     backward_s: float
     count: int
+    stays: bool = False
 
 
 def units_of(stage: Stage) -> list[ZeroUnit]:
@@ -82,7 +84,7 @@ def units_of(stage: Stage) -> list[ZeroUnit]:
         rest = [_unit(run) for run in stage.runs if not run.repeated]
         forward, backward = sum(u.forward_s for u in rest), sum(u.backward_s for u in rest)
         units.append(
-            ZeroUnit(stage.root_elements, stage.root_expert_elements, forward, backward, 1)
+            ZeroUnit(stage.root_elements, stage.root_expert_elements, forward, backward, 1, True)
         )
     return units
 
@@ -167,7 +169,9 @@ def _sharded(
     ahead = machine.gather_overlap
     gathering = opening + sum(u.count * exposed_s(g, u.forward_s, ahead) for u, g, _ in pairs)
     scattering = closing + sum(u.count * exposed_s(s, u.backward_s, share) for u, _, s in pairs)
-    both = closing + sum(u.count * exposed_s(g + s, u.backward_s, share) for u, g, s in pairs)
+    both = closing + sum(
+        u.count * exposed_s((0.0 if u.stays else g) + s, u.backward_s, share) for u, g, s in pairs
+    )
     gathering += copied_s(units, types.compute, machine, forward=True)
     copied = copied_s(units, types.reduced, machine, forward=False)
     scattering, both = scattering + copied, both + copied
@@ -200,9 +204,9 @@ def _sends(
     units: list[ZeroUnit], zero: int, microbatches: int, groups: DataGroups, types: Types
 ) -> Iterator[tuple[str, str, int, int]]:
     """Of every unit by itself; experts are units inside their block."""
-    gathers = 2 * microbatches if zero == 3 else 1
     scatters = 1 if zero == 1 else microbatches
     for unit in units:
+        gathers = (1 if unit.stays else 2) * microbatches if zero == 3 else 1
         shared = unit.elements - unit.experts
         for axis, where, elements in (
             ("shards", groups.shards, shared),

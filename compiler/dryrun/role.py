@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 
+from llmspec.compiler.dryrun.experts import spread_evenly
 from llmspec.compiler.dryrun.live import LiveBytes, resizes_seen
 from llmspec.compiler.dryrun.sent import Sent, recorded
 
@@ -48,6 +49,7 @@ def run(folder: str, sizes: dict[str, int], rank: int, world: int) -> dict[str, 
     dist.init_process_group("fake", rank=rank, world_size=world)
     sys.path.insert(0, folder)
     with recorded() as sent:
+        spread_evenly()
         train = importlib.import_module("train")
         mesh = importlib.import_module("runtime.mesh").Mesh.create("cpu", **sizes)
         # values mean nothing here, and making them takes long

@@ -51,9 +51,15 @@ def _in_blocks(counted: Counter[Key], found: Candidate, stage: Stage) -> None:
     for run in stage.runs:
         for axis, kind, size, forward, backward in run.cost.sends:
             often = run.count * count * (forward + backward)
-            counted[kind, axis, getattr(mesh, axis), size] += often
+            counted[_key(kind, axis, getattr(mesh, axis), size)] += often
         for axis, kind, size, times in run.recompute.sends if run.recompute else ():
-            counted[kind, axis, getattr(mesh, axis), size] += run.count * count * times
+            key = _key(kind, axis, getattr(mesh, axis), size)
+            counted[key] += run.count * count * times
+
+
+def _key(kind: str, axis: str, ranks: int, size: int) -> Key:
+    """`size`: of an all-to-all what all ranks hold together."""
+    return kind, axis, ranks, size // ranks if kind == Collective.ALL_TO_ALL else size
 
 
 def _partial(counted: Counter[Key], space: Space, found: Candidate, stage: Stage) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from llmspec.compiler.dryrun.live import LiveBytes, resizes_seen
-from llmspec.compiler.dryrun.run import dry_run
+from llmspec.compiler.dryrun.run import Role, dry_run
+from llmspec.compiler.plan import Plan
 from tests.compiler.verify.models import planned, spec_text
 from tests.live_bytes import measure
 
@@ -56,12 +57,76 @@ def test_live_bytes_are_those_of_real_processes(devices: int, pins: str) -> None
         assert role.resting_bytes == pytest.approx(real.resting, rel=0.01)
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
+def unexplained(role: Role, plan: Plan) -> list[tuple[str, int, int, int, int]]:
+    """Collectives that differ, but for small ones that the plan does not price: what the loss of a
+    split vocabulary sends (numbers of each token), how many rows go to each expert."""
+    small = 4 * 2 * plan.microbatch * 128
+    statistics = {("all_reduce", plan.mesh.tensor), ("all_to_all", plan.mesh.expert)}
+    statistics |= {("all_reduce", plan.mesh.data * plan.mesh.context)}
+    return [
+        one
+        for one in role.differing
+        if not (one[:2] in statistics and one[2] <= small and one[3] == 0)
+    ]
+
+
+@pytest.mark.parametrize("zero", [0, 3])
 def test_collectives_are_what_the_plan_says(zero: int) -> None:
     pins = f"data = 2; tensor = 2; zero = {zero}; microbatch = 1; recompute = none"
     session, plan = planned(spec_text(MODEL, 4, 8, pins))
     (role,) = dry_run(session, plan)
-    listed = plan.predicted["predicted"]["collectives"]
-    for kind in ("reduce_scatter", "all_gather"):
-        executed = sum(s * count for k, _, s, count in role.collectives if k == kind)
-        assert executed == sum(c["bytes"] * c["count"] for c in listed if c["kind"] == kind)
+    assert role.predicted_collectives and not unexplained(role, plan)
+
+
+EVERY = (
+    "data = 2; zero = 0; microbatch = 2@2",
+    "data = 4; zero = 1; microbatch = 1@4",
+    "data = 4; shard = 2; zero = 1; microbatch = 1@4",
+    "data = 4; shard = 2; zero = 2; microbatch = 1@4",
+    "data = 4; shard = 2; zero = 3; microbatch = 1; recompute = full@4",
+    "tensor = 2; sequence = off; microbatch = 2@2",
+    "tensor = 4; sequence = on; microbatch = 2; recompute = full@4",
+    "data = 2; tensor = 2; sequence = on; zero = 1; microbatch = 1@4",
+    "context = 2; context_style = ring; zero = 0; microbatch = 2@2",
+    "context = 2; context_style = ulysses; zero = 2; microbatch = 2@2",
+    "context = 2; context_style = gather; zero = 3; microbatch = 2@2",
+    "offload = optimizer; data = 2; zero = 2; microbatch = 2@2",
+    "offload = activations; data = 2; zero = 3; microbatch = 2@2",
+    "pipeline = 2; schedule = gpipe; microbatch = 1@2",
+    "pipeline = 2; data = 2; zero = 0; schedule = 1f1b; microbatch = 1@4",
+    "pipeline = 2; data = 2; zero = 2; schedule = interleaved; interleave = 2; microbatch = 1@4",
+    "pipeline = 2; data = 2; zero = 1; schedule = zero_bubble; microbatch = 1@4",
+    "pipeline = 2; data = 4; shard = 2; zero = 3; schedule = zero_bubble; microbatch = 1@8",
+    "pipeline = 2; tensor = 2; schedule = zbv; microbatch = 1@4",
+    "pipeline = 2; data = 2; zero = 3; schedule = dualpipev; microbatch = 1@4",
+)
+
+
+MIXTURE = """
+model m {
+    vocab = 512; context = 128; width = 128
+    block layer(x) {
+        x = x + attention(rmsnorm(x), heads=4, rope=10_000, causal)
+        x = x + moe(rmsnorm(x), experts=4, top_k=2, expert=swiglu(ffn=128))
+    }
+    tokens -> embed -> layer * 4 -> rmsnorm -> unembed(tied)
+}
+"""
+EXPERTS = (
+    "microbatch = 2@1",
+    "data = 2; expert = 2; zero = 3; microbatch = 1@2",
+    "data = 4; expert = 2; zero = 1; microbatch = 1@4",
+    "data = 4; expert = 2; zero = 0; microbatch = 1@4",
+    "pipeline = 2; schedule = 1f1b; microbatch = 1@2",
+)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", [*EVERY, *(f"experts; {case}" for case in EXPERTS)])
+def test_collectives_under_every_key(case: str) -> None:
+    pins, _, devices = case.removeprefix("experts; ").partition("@")
+    dense = MODEL.replace("layers=2", "layers=4")
+    model = MIXTURE if case.startswith("experts") else dense
+    session, plan = planned(spec_text(model, int(devices), 8, pins, "bf16"))
+    for role in dry_run(session, plan):
+        assert not unexplained(role, plan), role.pipeline_rank
