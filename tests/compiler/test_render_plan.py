@@ -57,7 +57,7 @@ def test_the_face_sums_up(found):
     assert plan["world_size"] == plan["data"] * plan["tensor"] * plan["pipeline"] == 8
     assert plan["microbatches"] * plan["microbatch"] * plan["data"] == 16
     axes = {c["axis"] for c in predicted["collectives"]}
-    assert axes == {"tensor", "shards", "pipeline"}
+    assert axes == {"tensor", "shards", "pipeline", "world"}
 
 
 def test_what_does_not_fit_reads_like_an_error():

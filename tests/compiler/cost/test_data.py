@@ -57,16 +57,18 @@ def test_computing_hides_all_but_the_ends():
 
 def test_how_often_each_level_sends():
     often = {z: {kind: n for kind, _, _, n in cost(z).sends} for z in (1, 2, 3)}
-    assert often[1] == {"all_gather": 1, "reduce_scatter": 1}
-    assert often[2] == {"all_gather": 1, "reduce_scatter": 4}
-    assert often[3] == {"all_gather": 8, "reduce_scatter": 4}
+    # each of four blocks by itself
+    assert often[1] == {"all_gather": 4, "reduce_scatter": 4}
+    assert often[2] == {"all_gather": 4, "reduce_scatter": 16}
+    assert often[3] == {"all_gather": 32, "reduce_scatter": 16}
     sizes = {kind: size for kind, _, size, _ in cost(3).sends}
-    assert sizes == {"all_gather": 2 * 400 * MILLION, "reduce_scatter": 4 * 400 * MILLION}
+    assert sizes == {"all_gather": 2 * 100 * MILLION, "reduce_scatter": 4 * 100 * MILLION}
 
 
 def test_replicas_of_shards_sum_once():
     found = cost(3, replicas=2, shards=8)
-    assert ("all_reduce", "replicas", 4 * 50 * MILLION, 1) in found.sends
+    part = 4 * 100 * MILLION // 8
+    assert ("all_reduce", "replicas", part, 4) in found.sends
     assert found.last_s > 0 and cost(3).last_s == 0
 
 
@@ -75,7 +77,9 @@ def test_experts_travel_between_the_ranks_that_have_the_same():
     split = Stage((Run(cost, 4, False, True),))
     for zero, kind, width in ((0, "all_reduce", 4), (3, "all_gather", 2)):
         of_two = data_cost(split, zero, 4, groups(1, 8, expert=4), TYPES, MACHINE)
-        sizes = {axis: size for k, axis, size, _ in of_two.sends if k == kind}
+        # ZeRO gathers each of four blocks by itself
+        uses = 4 if zero else 1
+        sizes = {axis: size * uses for k, axis, size, _ in of_two.sends if k == kind}
         shared = "shards" if zero else "data"
         assert sizes == {shared: width * 100 * MILLION, "expert_data": width * 300 * MILLION}
         alone = data_cost(split, zero, 4, groups(1, 8, expert=8), TYPES, MACHINE)

@@ -88,16 +88,16 @@ class Layer(nn.Module):
 
     def __init__(self, mesh: Mesh, first_dropout: int):
         super().__init__()
-        self.attention = LayerAttention(mesh)
-        self.mlp = LayerMlp(mesh)
         self.layernorm = Group(
             weight=parameter((384,), mesh=mesh, init=Constant(value=1.0)),
             bias=parameter((384,), mesh=mesh, init=Constant(value=0.0)),
         )
+        self.attention = LayerAttention(mesh)
         self.layernorm_2 = Group(
             weight=parameter((384,), mesh=mesh, init=Constant(value=1.0)),
             bias=parameter((384,), mesh=mesh, init=Constant(value=0.0)),
         )
+        self.mlp = LayerMlp(mesh)
         self.first_dropout = first_dropout
 
     def forward(self, x_BTD: Tensor, samples_B: Tensor) -> Tensor:

@@ -109,10 +109,10 @@ class Layer(nn.Module):
 
     def __init__(self, mesh: Mesh, recompute: Collection[str]):
         super().__init__()
-        self.attention = LayerAttention(mesh)
-        self.swiglu = LayerSwiglu(mesh)
         self.rmsnorm = Group(weight=parameter((4096,), mesh=mesh, init=Constant(value=1.0)))
+        self.attention = LayerAttention(mesh)
         self.rmsnorm_2 = Group(weight=parameter((4096,), mesh=mesh, init=Constant(value=1.0)))
+        self.swiglu = LayerSwiglu(mesh)
         self.recompute = recompute
 
     def forward(self, x_BTD: Tensor) -> Tensor:

@@ -90,9 +90,9 @@ class LayerMoe(nn.Module):
 
     def __init__(self, mesh: Mesh):
         super().__init__()
-        self.experts = LayerMoeExperts(mesh)
         self.router = parameter((16, 1024), mesh=mesh, init=Normal(std=0.02))
         self.load = buffer((2, 16), init=Constant(value=0.0), dtype=torch.int64, kept=False)
+        self.experts = LayerMoeExperts(mesh)
         self.expert = mesh.expert
 
     def forward(self, normed_BTD: Tensor) -> Tensor:
@@ -119,10 +119,10 @@ class Layer(nn.Module):
 
     def __init__(self, mesh: Mesh):
         super().__init__()
-        self.attention = LayerAttention(mesh)
-        self.moe = LayerMoe(mesh)
         self.rmsnorm = Group(weight=parameter((1024,), mesh=mesh, init=Constant(value=1.0)))
+        self.attention = LayerAttention(mesh)
         self.rmsnorm_2 = Group(weight=parameter((1024,), mesh=mesh, init=Constant(value=1.0)))
+        self.moe = LayerMoe(mesh)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         normed_BTD = rms_norm(x_BTD, local(self.rmsnorm.weight), eps=1e-05)

@@ -74,10 +74,10 @@ class Layer(nn.Module):
 
     def __init__(self, mesh: Mesh):
         super().__init__()
-        self.attention = LayerAttention(mesh)
-        self.swiglu = LayerSwiglu(mesh)
         self.rmsnorm = Group(weight=parameter((1024,), mesh=mesh, init=Constant(value=1.0)))
+        self.attention = LayerAttention(mesh)
         self.rmsnorm_2 = Group(weight=parameter((1024,), mesh=mesh, init=Constant(value=1.0)))
+        self.swiglu = LayerSwiglu(mesh)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         # keep the input alone, run the block again in the backward

@@ -72,10 +72,10 @@ class Layer(nn.Module):
 
     def __init__(self, mesh: Mesh):
         super().__init__()
-        self.attention = LayerAttention(mesh)
-        self.swiglu = LayerSwiglu(mesh)
         self.rmsnorm = Group(weight=parameter((192,), mesh=mesh, init=Constant(value=1.0)))
+        self.attention = LayerAttention(mesh)
         self.rmsnorm_2 = Group(weight=parameter((192,), mesh=mesh, init=Constant(value=1.0)))
+        self.swiglu = LayerSwiglu(mesh)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         normed_BTD = rms_norm(x_BTD, local(self.rmsnorm.weight), eps=1e-05)
