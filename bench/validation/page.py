@@ -43,8 +43,9 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _statistics(name: str, ones: Sequence[Compared]) -> list[str]:
-    ratios = [r for o in counted(ones) if (r := o.ratio) is not None]
+def _statistics(name: str, ones: Sequence[Compared], *, every: bool = False) -> list[str]:
+    """`every`: those too that statistics leave out."""
+    ratios = [r for o in (ones if every else counted(ones)) if (r := o.ratio) is not None]
     memory = [abs(m - 1) for o in ones if (m := o.memory_ratio) is not None]
     cells = [name, str(len(ones)), str(len(ratios))]
     if ratios:
@@ -61,7 +62,9 @@ def _summary(compared: Sequence[Compared]) -> str:
     rows = [_statistics(name, ones) for name, ones in by_family(compared).items()]
     head = ("source", "rows", "counted", "median error", "90th percentile")
     last = ("median of predicted/published", "with memory", "median error of memory")
-    return "## By source\n\n" + _table((*head, *last), [*rows, _statistics("**all**", compared)])
+    rows.append(_statistics("**all**", compared))
+    rows.append(_statistics("all, none set aside", compared, every=True))
+    return "## By source\n\n" + _table((*head, *last), rows)
 
 
 def _held_out(compared: Sequence[Compared]) -> str:
@@ -138,8 +141,13 @@ def _aside(compared: Sequence[Compared]) -> str:
         for o in compared
         if (why := o.aside) is not None and o.ratio is not None
     ]
-    text = "## Runs that statistics leave out\n\nBy rules that ask nothing of the prediction "
-    text += "(`bench/validation/set_aside.py`); each is priced all the same.\n\n"
+    text = (
+        "## Runs that statistics leave out\n\nBy rules that ask nothing of the prediction, though "
+    )
+    text += (
+        "written when predictions had been seen (`bench/validation/set_aside.py`). Each is priced "
+    )
+    text += "all the same, and the last line of the first table counts them.\n\n"
     return text + _table(("run", "error", "reason"), rows)
 
 
