@@ -142,12 +142,11 @@ def _aside(compared: Sequence[Compared]) -> str:
         if (why := o.aside) is not None and o.ratio is not None
     ]
     text = (
-        "## Runs that statistics leave out\n\nBy rules that ask nothing of the prediction, though "
+        "## Runs that statistics leave out\n\n"
+        "By rules that ask nothing of the prediction, though written when predictions had been "
+        "seen (`bench/validation/set_aside.py`). Each is priced all the same, and the last line "
+        "of the first table counts them.\n\n"
     )
-    text += (
-        "written when predictions had been seen (`bench/validation/set_aside.py`). Each is priced "
-    )
-    text += "all the same, and the last line of the first table counts them.\n\n"
     return text + _table(("run", "error", "reason"), rows)
 
 
