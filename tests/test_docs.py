@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import fields
 from functools import cache
@@ -160,7 +161,7 @@ def test_commands_parse(path: Path) -> None:
     text = path.read_text()
     commands = COMMAND.findall(text) + re.findall(r"`llmspec ([a-z]+ [^`]+)`", text)
     for command in commands:
-        words = command.replace("SPEC…", "SPEC").split()
+        words = shlex.split(command.replace("SPEC…", "SPEC"))
         try:
             parser().parse_args(words)
         except SystemExit:  # a sentence may leave the file out

@@ -59,7 +59,7 @@ CASES = {
         llama(layers=6, width=512, heads=8, kv_heads=4, ffn=1024, vocab=8192, context=512),
         cluster(1, 4),
         batch=8,
-        memory=2 * GiB + 200 * MiB,
+        memory=2 * GiB + 210 * MiB,
     ),
     "mixture": written(SMALL_MIXTURE),
     "context": written(SHARED_SEQUENCES),

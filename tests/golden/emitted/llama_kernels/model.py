@@ -88,14 +88,14 @@ class Layer(nn.Module):
 
     def __init__(self, mesh: Mesh):
         super().__init__()
-        self.attention = LayerAttention(mesh)
-        self.swiglu = LayerSwiglu(mesh)
         self.rmsnorm = Group(
             weight=parameter((4096,), mesh=mesh, init=Constant(value=1.0), partial=True)
         )
+        self.attention = LayerAttention(mesh)
         self.rmsnorm_2 = Group(
             weight=parameter((4096,), mesh=mesh, init=Constant(value=1.0), partial=True)
         )
+        self.swiglu = LayerSwiglu(mesh)
 
     def forward(self, x_BtD: Tensor) -> Tensor:
         normed_BtD = kernels.rmsnorm(x_BtD, local(self.rmsnorm.weight))
