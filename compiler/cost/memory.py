@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from llmspec.compiler.cost.hardware import Machine
 from llmspec.compiler.cost.stage import Parts, Run, Stage
@@ -135,8 +136,7 @@ def gathered_bytes(stage: Stage, home: Residence, types: Types) -> int:
     return types.compute * (stage.elements - experts)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Beside:
+class Beside(NamedTuple):
     """Bytes that ZeRO has besides at one moment. gathered: of weights; summing: of gradients on
     their way; gradients: what has left of whole sums, negative."""
 
@@ -146,7 +146,7 @@ class Beside:
 
     @property
     def total(self) -> int:
-        return self.gathered + self.summing + self.gradients
+        return sum(self)
 
 
 NOTHING = Beside()
@@ -209,7 +209,10 @@ def _summing(
     during, after = held
     if home.sums_each_time:
         summed += types.compute * largest  # as they were computed
-        return replace(during, summing=pending), replace(after, summing=summed)
+        return (
+            Beside(during.gathered, pending, during.gradients),
+            Beside(after.gathered, summed, after.gradients),
+        )
     if home.in_flight > 1:
         return held
     gone, left = -types.compute * done, -types.reduced * done
@@ -232,8 +235,7 @@ def _zero_elements(run: Run, home: Residence) -> tuple[int, int]:
     return run.cost.elements - experts, experts if home.gathers_experts else 0
 
 
-@dataclass(frozen=True, slots=True)
-class Moment:
+class Moment(NamedTuple):
     """Bytes at one moment of a step. working: of the unit that runs; beside: of ZeRO.
 
     Which it is: with so many micro-batches in flight, run number `run` of the stage goes backward
@@ -269,12 +271,12 @@ def fullest(stage: Stage, home: Residence, types: Types, backward: Backwards) ->
     them, with less in flight."""
     if not home.first_is_fullest:
         peak = backward(home.in_flight, 0)
-        return replace(peak, gradients=_gradient_bytes(stage, home, types))
+        return peak._replace(gradients=_gradient_bytes(stage, home, types))
     first = backward(home.in_flight, types.gradients)
     if home.microbatches == 1:
         return first
     second = backward(home.in_flight - 1, 0)
-    second = replace(second, gradients=types.gradients * stage.elements)
+    second = second._replace(gradients=types.gradients * stage.elements)
     return max(first, second, key=lambda moment: moment.total)
 
 
@@ -288,7 +290,7 @@ def backwards(stage: Stage, home: Residence, types: Types, in_place: bool = Fals
         others = max(in_flight - 1, 0.0)
         earlier = round(others * stage.kept_bytes(*casts) + in_flight * sent)
         peak = _peak(stage, casts, coming, around, home)
-        return replace(peak, activations=earlier + peak.activations, in_flight=in_flight)
+        return peak._replace(activations=earlier + peak.activations, in_flight=in_flight)
 
     return backward
 
@@ -304,7 +306,7 @@ def _peak(
     what a block computes again is there while the block runs. `coming`: bytes of each weight
     element whose gradient comes meanwhile and stays."""
     alive, made = stage.kept_bytes(*casts), 0
-    worst = Moment()
+    worst, most = Moment(), 0
     for index, (run, uses) in enumerate(zip(reversed(stage.runs), around, strict=True), 1):
         held, returning = run.kept_bytes(*casts), run.returning_bytes(*casts)
         grown = coming * run.cost.elements
@@ -313,9 +315,14 @@ def _peak(
         for place, (during, after) in uses.items():
             here, come = alive - place * held, made + place * grown
             at, through = len(stage.runs) - index, place + 1
-            now = Moment(here + returning, come, working, during, at, place, running=True)
-            done = Moment(here - held, come + grown, 0, after, at, through)
-            worst = max(worst, now, done, key=lambda m: m.total)
+            size = here + returning + come + working + sum(during)
+            if size > most:
+                most = size
+                worst = Moment(here + returning, come, working, during, at, place, running=True)
+            size = here - held + come + grown + sum(after)
+            if size > most:
+                most = size
+                worst = Moment(here - held, come + grown, 0, after, at, through)
         alive -= run.count * held
         made += run.count * grown
     return worst

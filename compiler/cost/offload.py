@@ -160,7 +160,8 @@ def _backwards(stage: Stage, home: Residence, types: Types, in_place: bool) -> B
     stays = sum(u.count * u.stays for u in runs)
 
     def backward(in_flight: float, coming: int) -> Moment:
-        below, made, worst = stays, 0, Moment()
+        below, made = stays, 0
+        worst, most = Moment(), 0
         for i, use in reversed(list(enumerate(runs))):
             grown = coming * use.elements
             # from one use to the one before it sums change evenly, but at both ends of a run
@@ -169,13 +170,18 @@ def _backwards(stage: Stage, home: Residence, types: Types, in_place: bool) -> B
                 back = use.away if place < use.count - 1 else runs[i - 1].away if i else 0
                 here, come = below - place * use.stays + back, made + place * grown
                 held = here + use.away + use.again
-                now = Moment(held, come, use.working, during, i, place, running=True)
-                done = Moment(here - use.stays, come + grown, 0, after, i, place + 1)
-                worst = max(worst, now, done, key=lambda moment: moment.total)
+                size = held + come + use.working + sum(during)
+                if size > most:
+                    most = size
+                    worst = Moment(held, come, use.working, during, i, place, running=True)
+                size = here - use.stays + come + grown + sum(after)
+                if size > most:
+                    most = size
+                    worst = Moment(here - use.stays, come + grown, 0, after, i, place + 1)
             below -= use.count * use.stays
             made += use.count * grown
         earlier = round(max(in_flight - 1, 0.0) * stays + in_flight * boundary)
-        return replace(worst, activations=earlier + worst.activations, in_flight=in_flight)
+        return worst._replace(activations=earlier + worst.activations, in_flight=in_flight)
 
     return backward
 
