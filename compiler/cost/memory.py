@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from llmspec.compiler.cost.hardware import Machine
@@ -155,30 +156,52 @@ Passing = tuple[Beside, Beside]
 """While one use of a unit goes backward, and as its gradients are summed after that."""
 
 
-def passing(
-    stage: Stage, home: Residence, types: Types, in_place: bool
-) -> list[dict[int, Passing]]:
+class _Sums(NamedTuple):
+    """What of a residence decides when ZeRO gathers and sums, and in how many parts. adds_up:
+    several micro-batches are in flight as sums are added up."""
+
+    zero: int
+    shards: int
+    expert_shards: int
+    each_time: bool
+    adds_up: bool
+
+
+Around = Sequence[Mapping[int, Passing]]
+
+
+def passing(stage: Stage, home: Residence, types: Types, in_place: bool) -> Around:
     """For each run, the last one first, by the place of a use in it, the last one first: 0, 1 (and
     all that are like it), and the one that goes backward last.
 
     in_place: gradients are summed where they are."""
-    runs = list(reversed(stage.runs))
-    sizes = [(0, 0), *(_zero_elements(run, home) for run in runs), (0, 0)]
+    runs = tuple((run.count, _zero_elements(run, home)) for run in reversed(stage.runs))
+    several = home.in_flight > 1
+    sums = _Sums(home.zero, home.shards, home.expert_shards, home.sums_each_time, several)
+    return _passing(runs, sums, types, in_place)
+
+
+@lru_cache(maxsize=1 << 16)
+def _passing(
+    runs: tuple[tuple[int, tuple[int, int]], ...], sums: _Sums, types: Types, in_place: bool
+) -> Around:
+    """`runs`: (uses, elements of the unit of each, and of its experts')."""
+    sizes = [(0, 0), *(own for _, own in runs), (0, 0)]
     out: list[dict[int, Passing]] = []
     done = 0
-    for run, after, own, before in zip(runs, sizes, sizes[1:], sizes[2:], strict=False):
+    for (count, _), after, own, before in zip(runs, sizes, sizes[1:], sizes[2:], strict=False):
         found: dict[int, Passing] = {}
-        end = run.count - 1
-        for place in (0, min(1, end), end):
-            if home.zero == 0:
+        end = count - 1
+        for place in dict.fromkeys((0, min(1, end), end)):
+            if sums.zero == 0:
                 found[place] = NOTHING, NOTHING
                 continue
             earlier, later = (own if place else after), (own if place < end else before)
-            two = _zero_3(own, later, types) if home.zero == 3 else (NOTHING, NOTHING)
+            two = _zero_3(own, later, types) if sums.zero == 3 else (NOTHING, NOTHING)
             if not in_place:
-                two = _summing(two, earlier, own, done + place * sum(own), home, types)
+                two = _summing(two, earlier, own, done + place * sum(own), sums, types)
             found[place] = two
-        done += run.count * sum(own)
+        done += count * sum(own)
         out.append(found)
     return out
 
@@ -194,7 +217,7 @@ def _summing(
     earlier: tuple[int, int],
     own: tuple[int, int],
     done: int,
-    home: Residence,
+    sums: _Sums,
     types: Types,
 ) -> Passing:
     """What sums gradients takes them in its own type and gives this rank's part; it has its input
@@ -204,16 +227,16 @@ def _summing(
     """
     pending = types.reduced * earlier[0]
     largest = max(own)
-    ways = home.shards if largest == own[0] else home.expert_shards
+    ways = sums.shards if largest == own[0] else sums.expert_shards
     summed = types.reduced * largest + types.reduced * -(-largest // ways)
     during, after = held
-    if home.sums_each_time:
+    if sums.each_time:
         summed += types.compute * largest  # as they were computed
         return (
             Beside(during.gathered, pending, during.gradients),
             Beside(after.gathered, summed, after.gradients),
         )
-    if home.in_flight > 1:
+    if sums.adds_up:
         return held
     gone, left = -types.compute * done, -types.reduced * done
     return (
@@ -299,7 +322,7 @@ def _peak(
     stage: Stage,
     casts: tuple[int, int],
     coming: int,
-    around: list[dict[int, Passing]],
+    around: Around,
     home: Residence,
 ) -> Moment:
     """The fullest moment as a micro-batch goes backward: it frees what is kept, block by block, and
