@@ -7,6 +7,7 @@ what is played are the plan's own action lists, which somebody may have edited.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from llmspec.compiler.cost.memory import Ledger, Residence
@@ -33,7 +34,7 @@ from llmspec.dsl import Diagnostic
 from llmspec.dsl.program import Program
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Priced:
     """A plan with the space that it is a point of. stages: what each of its stages costs."""
 
@@ -78,7 +79,33 @@ class Priced:
 
     def collectives(self, rank: int) -> list[dict[str, Any]]:
         """What each device of a pipeline rank sends in a step."""
-        return collectives_of(self.space, _candidate(self), list(self.stages), rank)
+        return collectives_of(self.space, self.candidate, list(self.stages), rank)
+
+    def ledgers(self) -> list[Ledger]:
+        """Of every pipeline rank."""
+        space, offload = self.space, self.plan.offload
+        return [
+            ledgers(h.stage, self.home(h), space.types, space.machine, offload)[0]
+            for h in self.holders()
+        ]
+
+    @cached_property
+    def candidate(self) -> Candidate:
+        """The plan as a point of the space, its step played."""
+        plan, space, stages = self.plan, self.space, list(self.stages)
+        point = (self.shape, stages, plan.zero, plan.mesh.shards, self.schedule, plan.offload)
+        memory, host = space.pricing.worst_ledger(*point)
+        return Candidate(
+            shape=self.shape,
+            zero=plan.zero,
+            shards=plan.mesh.shards,
+            schedule=self.schedule,
+            ledger=memory,
+            times=space.pricing.times(*point, play=True),
+            offload=plan.offload,
+            host=host,
+            recompute=by_instance(space.graph(1).instances, plan.recompute),
+        )
 
     def blocks(self, stage: int) -> int:
         first, stop = self.shape.cut[stage]
@@ -134,10 +161,7 @@ def forecast(program: Program, plan: Plan, graph: ModelGraph) -> Forecast:
     known = priced(program, plan, graph)
     space, step = known.space, known.step()
     events = known.play(step).events
-    memory = [
-        ledgers(h.stage, known.home(h), space.types, space.machine, plan.offload)[0]
-        for h in known.holders()
-    ]
+    memory = known.ledgers()
     found = []
     for index, work in enumerate(step.works):
         rank = rank_of(known.schedule, index, plan.mesh.pipeline)
@@ -151,30 +175,12 @@ def forecast(program: Program, plan: Plan, graph: ModelGraph) -> Forecast:
                 late_s=work.late_s,
             )
         )
-    candidate = _candidate(known)
     return Forecast(
         stages=tuple(found),
         send_s=step.send_s,
         events=events,
-        decided=plan_object(space, candidate),
-        predicted=predicted_object(space, candidate),
-    )
-
-
-def _candidate(known: Priced) -> Candidate:
-    plan, space, shape, stages = known.plan, known.space, known.shape, list(known.stages)
-    zero, shards, schedule, offload = plan.zero, plan.mesh.shards, known.schedule, plan.offload
-    memory, host = space.pricing.worst_ledger(shape, stages, zero, shards, schedule, offload)
-    return Candidate(
-        shape=shape,
-        zero=zero,
-        shards=shards,
-        schedule=schedule,
-        ledger=memory,
-        times=space.pricing.times(shape, stages, zero, shards, schedule, offload, play=True),
-        offload=offload,
-        host=host,
-        recompute=by_instance(space.graph(1).instances, plan.recompute),
+        decided=plan_object(space, known.candidate),
+        predicted=predicted_object(space, known.candidate),
     )
 
 

@@ -79,6 +79,14 @@ class Stage:
     runs: tuple[Run, ...]
     tied_elements: int = 0
 
+    def named_runs(self, names: Sequence[str]) -> list[tuple[str, Run]]:
+        """Each run with the name of its instances. `names`: of all of them, in their order."""
+        found, place = [], 0
+        for run in self.runs:
+            found.append((names[place], run))
+            place += run.count
+        return found
+
     def _sum(self, name: str) -> float:
         return sum(r.count * getattr(r.cost, name) for r in self.runs)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmspec.compiler.driver import Session, compile_plan
-from llmspec.compiler.forecast import Priced, forecast, priced
+from llmspec.compiler.forecast import Priced, priced
 from llmspec.compiler.plan import Plan
 from llmspec.compiler.verify.run import mesh_sizes
 
@@ -64,9 +64,8 @@ def dry_run(session: Session, plan: Plan, *, timeout_s: float = 3600.0) -> tuple
     Errors: RoleFailed when the program raises.
     """
     graph = session.graph(plan.microbatch)
-    known = forecast(session.program, plan, graph)
-    price = priced(session.program, plan, graph)
-    fixed = [stage.memory.total - stage.memory.fixed for stage in known.stages]
+    known = priced(session.program, plan, graph)
+    ledgers = known.ledgers()
     across = plan.mesh.world_size // plan.mesh.pipeline
     roles = []
     with tempfile.TemporaryDirectory() as folder:
@@ -76,19 +75,19 @@ def dry_run(session: Session, plan: Plan, *, timeout_s: float = 3600.0) -> tuple
             roles.append(
                 Role(
                     pipeline_rank=rank,
-                    predicted_bytes=max(fixed[rank :: plan.mesh.pipeline]),
+                    predicted_bytes=ledgers[rank].total - ledgers[rank].fixed,
                     collectives=tuple(tuple(one) for one in seen.pop("collectives")),
-                    predicted_collectives=_said(price, rank),
+                    predicted_collectives=_said(known, rank),
                     **seen,
                 )
             )
     return tuple(roles)
 
 
-def _said(price: Priced, rank: int) -> tuple[Sent, ...]:
+def _said(known: Priced, rank: int) -> tuple[Sent, ...]:
     """Whatever the axis: two of them may have groups of one size."""
     counted: Counter[tuple[str, int, int]] = Counter()
-    for one in price.collectives(rank):
+    for one in known.collectives(rank):
         counted[one["kind"], one["ranks"], one["bytes"]] += one["count"]
     return tuple((*key, often) for key, often in sorted(counted.items()) if often)
 

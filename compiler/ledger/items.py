@@ -105,11 +105,7 @@ def uses_of(known: Priced, rank: int, holder: Holder) -> list[Use]:
     for stage in stages_of(known.schedule, rank, len(shape.cut), shape.grid.pipeline):
         first, stop = shape.cut[stage]
         names += [i.unit for i in instances[first:stop]]
-    found, place = [], 0
-    for run in holder.stage.runs:
-        found.append(Use(unit=names[place], run=run))
-        place += run.count
-    return found
+    return [Use(unit=name, run=run) for name, run in holder.stage.named_runs(names)]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -328,7 +328,7 @@ def fitting(
     if not counts:
         return None
     casts = cast_bytes(home, types)
-    of_each = _by_run(bare, blocks)
+    of_each = bare.named_runs(blocks)  # "" for what stands alone
     weights = {name: run.cast_kept_bytes(*casts) for name, run in of_each if name}
     mixtures = policies.mix(option, microbatch, counts, weights)
     kept_bytes = most_bytes = math.inf
@@ -372,15 +372,6 @@ def _mixed(
                 chosen = again(name, operators)
                 out.append(Run(run.cost, count, chosen, run.repeated, run.block))
     return tuple(out)
-
-
-def _by_run(bare: Stage, blocks: tuple[str, ...]) -> list[tuple[str, Run]]:
-    """The runs of a stage with the unit of their blocks, "" for what stands alone."""
-    out, place = [], 0
-    for run in bare.runs:
-        out.append((blocks[place], run))
-        place += run.count
-    return out
 
 
 def _beside(bare: Stage, home: Residence, types: Types, machine: Machine) -> tuple[int, int]:

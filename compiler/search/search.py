@@ -25,11 +25,11 @@ from llmspec.compiler.search.policies import check_listed
 from llmspec.compiler.search.predicted import model_object, plan_object, predicted_object
 from llmspec.compiler.search.space import Space
 from llmspec.compiler.search.walk import Walk
-
-__all__ = ["Found", "Infeasible", "search"]
 from llmspec.dsl.diagnostics import Diagnostic
 from llmspec.dsl.program import Program
 from llmspec.dsl.units import render_bytes
+
+__all__ = ["Found", "Infeasible", "search"]
 
 RUNNERS_UP = 5
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llmspec.compiler.cost.data import DataCost
 from llmspec.compiler.cost.play import GATHER, PARTIAL, REDUCE, TIED, UPDATE, Event
-from llmspec.compiler.cost.stage import Run, Stage
+from llmspec.compiler.cost.stage import Run
 from llmspec.compiler.cost.step import Step
 from llmspec.compiler.forecast import Priced
 
@@ -37,15 +37,12 @@ class Slices:
         self.made: dict[tuple[int, str], tuple[Slice, ...]] = {}
         for index, (stage, cost) in enumerate(zip(stages, data, strict=True)):
             first, stop = shape.cut[index]
-            runs = named_runs(stage, [i.unit for i in instances[first:stop]])
+            runs = stage.named_runs([i.unit for i in instances[first:stop]])
             for kind, slices in (
                 ("F", [*_forward(runs, cost), held]),
                 ("B", [*_backward(runs, cost, late=False), held]),
                 ("I", [*_backward(runs, cost, late=True), held]),
-                (
-                    "W",
-                    [Slice(COMPUTE, _words(n, r), r.count * r.cost.late.seconds) for n, r in runs],
-                ),
+                ("W", _late(runs)),
             ):
                 self.made[index, kind] = tuple(s for s in slices if s.spent_s)
 
@@ -74,26 +71,25 @@ _ONCE = {
 }
 
 
-def named_runs(stage: Stage, units: Sequence[str]) -> list[tuple[str, Run]]:
-    """A stage's runs with the names of their units. `units`: of its instances."""
-    found, place = [], 0
-    for run in stage.runs:
-        found.append((units[place], run))
-        place += run.count
-    return found
-
-
 def _words(name: str, run: Run) -> str:
     return name if run.count == 1 else f"{run.count} x {name}"
 
 
+def _of_run(
+    run: Run, words: str, compute_s: float, tensor_s: float, context_s: float, expert_s: float
+) -> Iterator[Slice]:
+    """Seconds are of one use."""
+    yield Slice(COMPUTE, words, run.count * compute_s)
+    yield Slice("tensor", words, run.count * tensor_s)
+    yield Slice("context", words, run.count * context_s)
+    yield Slice("expert", words, run.count * expert_s)
+
+
 def _forward(runs: Sequence[tuple[str, Run]], data: DataCost) -> Iterator[Slice]:
     for name, run in runs:
-        cost, words = run.cost, _words(name, run)
-        yield Slice(COMPUTE, words, run.count * cost.forward_s)
-        yield Slice("tensor", words, run.count * cost.tensor_forward_s)
-        yield Slice("context", words, run.count * cost.context_forward_s)
-        yield Slice("expert", words, run.count * cost.expert_forward_s)
+        cost = run.cost
+        sent = (cost.tensor_forward_s, cost.context_forward_s, cost.expert_forward_s)
+        yield from _of_run(run, _words(name, run), cost.forward_s, *sent)
     yield Slice(COMPUTE, "cast weights", data.weights_forward_s)
     yield Slice("data", "gather", data.forward_s)
     yield Slice(OFFLOAD, "activations or parameters", data.host_forward_s)
@@ -109,15 +105,11 @@ def _backward(runs: Sequence[tuple[str, Run]], data: DataCost, *, late: bool) ->
     for name, run in reversed(runs):
         cost, words, again = run.cost, _words(name, run), run.recompute
         if again is not None:
-            yield Slice(COMPUTE, f"{words} again", run.count * again.forward_s)
-            yield Slice("tensor", f"{words} again", run.count * again.tensor_s)
-            yield Slice("context", f"{words} again", run.count * again.context_s)
-            yield Slice("expert", f"{words} again", run.count * again.expert_s)
+            sent = (again.tensor_s, again.context_s, again.expert_s)
+            yield from _of_run(run, f"{words} again", again.forward_s, *sent)
         later = cost.late.seconds if late else 0.0
-        yield Slice(COMPUTE, words, run.count * (cost.backward_s - later))
-        yield Slice("tensor", words, run.count * cost.tensor_backward_s)
-        yield Slice("context", words, run.count * cost.context_backward_s)
-        yield Slice("expert", words, run.count * cost.expert_backward_s)
+        sent = (cost.tensor_backward_s, cost.context_backward_s, cost.expert_backward_s)
+        yield from _of_run(run, words, cost.backward_s - later, *sent)
     yield Slice(COMPUTE, "add up gradients", data.weights_backward_s)
     yield Slice("data", "gather and reduce", data.backward_s)
     yield Slice(OFFLOAD, "activations or parameters", data.host_backward_s)
