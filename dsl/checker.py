@@ -9,8 +9,10 @@ from llmspec.dsl import syntax
 from llmspec.dsl.diagnostics import Diagnostic, Fault, did_you_mean, fault, listing, shown
 from llmspec.dsl.goals import budget_of, check_goals, prefer_of
 from llmspec.dsl.hardware import cluster_of, device_of
+from llmspec.dsl.legality import check_pins
 from llmspec.dsl.model_values import ModelFinder, must_exist
-from llmspec.dsl.plans import Pins, check_pins, constraints_of
+from llmspec.dsl.pins import Pins
+from llmspec.dsl.plans import constraints_of
 from llmspec.dsl.program import (
     AnyModel,
     Cluster,

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from math import gcd, prod
-from typing import TYPE_CHECKING
 
 from llmspec.dsl.diagnostics import fault, listing
 from llmspec.dsl.parameters import operators_of
+from llmspec.dsl.pins import Pins
 from llmspec.dsl.program import Constraint, Model, Relation
-
-if TYPE_CHECKING:
-    from llmspec.dsl.plans import Pins
 
 OTHERS = ("tensor", "context", "pipeline")
 """Axes that leave the rest of a cluster to the data ranks, of which the expert ranks are some."""
