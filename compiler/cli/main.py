@@ -4,55 +4,79 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 
 from llmspec.compiler.cli import calibrating, language, planning, running, simulating
 from llmspec.compiler.cli.console import show_faults
 from llmspec.dsl import SpecError
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="llmspec",
-        description="From a small spec to the parallel training program an expert would write.",
-    )
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+class Verbs:
+    """The parser, and the arguments that several verbs share."""
 
-    def verb(name: str, run, text: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
-        sub = verbs.add_parser(name, help=text, description=text)
+    def __init__(self) -> None:
+        self.top = argparse.ArgumentParser(
+            prog="llmspec",
+            description="From a small spec to the parallel training program an expert would write.",
+        )
+        self.known = self.top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def add(self, name: str, run: Callable[[Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = self.known.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         sub.add_argument("--json", action="store_true", help="print data instead of text")
         return sub
 
-    def spec(sub: argparse.ArgumentParser, what: str = "the .llmspec file") -> None:
-        sub.add_argument("spec", help=what)
-        sub.add_argument("--train", metavar="NAME", help="which train block, if there are several")
-        sub.add_argument(
-            "--trust", action="store_true", help="let the file of a python(…) model run"
-        )
 
-    new = verb("new", language.new, "write a starter spec")
+def parser() -> argparse.ArgumentParser:
+    verbs = Verbs()
+    _language(verbs)
+    _planning(verbs)
+    _running(verbs)
+    _measuring(verbs)
+    return verbs.top
+
+
+def _spec(verb: argparse.ArgumentParser, what: str = "the .llmspec file, or a saved plan") -> None:
+    verb.add_argument("spec", help=what)
+    _which(verb)
+
+
+def _which(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--train", metavar="NAME", help="which train block, if there are several")
+    verb.add_argument("--trust", action="store_true", help="let the file of a python(…) model run")
+
+
+def _out(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("-o", "--out", metavar="FOLDER", help="default: build/NAME by the spec")
+
+
+def _language(verbs: Verbs) -> None:
+    new = verbs.add("new", language.new, "write a starter spec")
     new.add_argument("path", help="the file to write")
     new.add_argument("--force", action="store_true", help="overwrite it if it is there")
 
-    check = verb("check", language.check, "report every fault of a spec")
+    check = verbs.add("check", language.check, "report every fault of a spec")
     check.add_argument("spec", help="the .llmspec file")
 
-    fmt = verb("fmt", language.fmt, "format specs in place")
+    fmt = verbs.add("fmt", language.fmt, "format specs in place")
     fmt.add_argument("specs", nargs="+", help="the .llmspec files")
     fmt.add_argument("--check", action="store_true", help="change nothing; exit 3 if it would")
 
-    explain = verb("explain", language.explain, "the longer story of an error code")
+    explain = verbs.add("explain", language.explain, "the longer story of an error code")
     explain.add_argument("code", help="E0203, say")
 
-    fit = verb("fit", planning.fit, "does a library model fit on these devices, and how fast")
+
+def _planning(verbs: Verbs) -> None:
+    fit = verbs.add("fit", planning.fit, "does a library model fit on these devices, and how fast")
     fit.add_argument("model", help="a model of the library: llama3_8b, say")
     fit.add_argument("--on", required=True, metavar="8xH100", help="the devices")
     fit.add_argument("--seq", type=int, metavar="T", help="tokens per sequence")
     fit.add_argument("--batch", type=int, metavar="N", help="sequences per step")
 
-    plan = verb("plan", planning.plan, "search, and show the plan with its predictions")
-    spec(plan)
+    plan = verbs.add("plan", planning.plan, "search, and show the plan with its predictions")
+    _spec(plan, "the .llmspec file")
     plan.add_argument("--save", metavar="FILE", help="write the plan as JSON")
     plan.add_argument("--check", metavar="FILE", help="exit 3 if the plan differs from this one")
     asked = plan.add_mutually_exclusive_group()
@@ -67,39 +91,44 @@ def parser() -> argparse.ArgumentParser:
     )
     asked.add_argument("--explicit", action="store_true", help="print the spec, defaults filled in")
 
-    diff = verb("diff", planning.diff, "what differs between two plans; exit 3 if anything does")
+    diff = verbs.add(
+        "diff", planning.diff, "what differs between two plans; exit 3 if anything does"
+    )
     for name in ("before", "after"):
         diff.add_argument(name, help="a saved plan, or a .llmspec file to search")
-    diff.add_argument("--train", metavar="NAME", help="which train block, if there are several")
-    diff.add_argument("--trust", action="store_true", help="let the file of a python(…) model run")
+    _which(diff)
 
-    compile_ = verb("compile", planning.compile_, "emit the training program")
-    spec(compile_, "the .llmspec file, or a saved plan")
-    compile_.add_argument("-o", "--out", metavar="FOLDER", help="default: build/NAME by the spec")
+    compile_ = verbs.add("compile", planning.compile_, "emit the training program")
+    _spec(compile_)
+    _out(compile_)
 
-    verify = verb(
+
+def _running(verbs: Verbs) -> None:
+    verify = verbs.add(
         "verify", running.verify, "compare the emitted program with one device, in float64"
     )
-    spec(verify, "the .llmspec file, or a saved plan")
+    _spec(verify)
 
-    dry = verb(
+    dry = verbs.add(
         "dryrun", running.dryrun, "execute the emitted program at full size, on fake tensors"
     )
-    spec(dry, "the .llmspec file, or a saved plan")
+    _spec(dry)
 
-    simulate = verb(
+    simulate = verbs.add(
         "simulate", simulating.simulate, "play one step event by event, and write it as a trace"
     )
-    spec(simulate, "the .llmspec file, or a saved plan")
+    _spec(simulate)
     simulate.add_argument(
         "-o", "--out", metavar="FILE", help="the trace; default: build/NAME/trace.json by the spec"
     )
 
-    train = verb("train", running.train, "compile, and run torchrun on this machine")
-    spec(train, "the .llmspec file, or a saved plan")
-    train.add_argument("-o", "--out", metavar="FOLDER", help="default: build/NAME by the spec")
+    train = verbs.add("train", running.train, "compile, and run torchrun on this machine")
+    _spec(train)
+    _out(train)
 
-    calibrate = verb(
+
+def _measuring(verbs: Verbs) -> None:
+    calibrate = verbs.add(
         "calibrate", calibrating.calibrate, "measure this machine, and write it down as a cluster"
     )
     calibrate.add_argument(
@@ -109,7 +138,6 @@ def parser() -> argparse.ArgumentParser:
     calibrate.add_argument(
         "--processes", type=int, metavar="N", help="default: every GPU, or 2 on the CPU"
     )
-    return top
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
