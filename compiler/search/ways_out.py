@@ -60,20 +60,24 @@ class Change:
     def priced(self) -> Way | None:
         """None where no plan does all that is asked even so."""
         found = best(self.spaces, self.objective)
-        return None if found is None else self.with_plan(self.spaces[0], found)
+        if found is None:
+            return None
+        return _way(self.key, self.change, self.span, self.spaces[0], found)
 
-    def with_plan(self, space: Space, found: Candidate) -> Way:
-        played = space.played(found)
-        known = steps_of(space.program.train) is not None and space.limits.any
-        return Way(
-            key=self.key,
-            change=self.change,
-            span=self.span,
-            ranks=found.ranks,
-            peak_bytes=found.peak_bytes,
-            step_s=played.step_s,
-            run_s=space.run_s(played) if known else None,
-        )
+
+def _way(key: str, change: str, span: Span | None, space: Space, found: Candidate) -> Way:
+    """`found`: the best plan of the space once the change is made."""
+    played = space.played(found)
+    known = steps_of(space.program.train) is not None and space.limits.any
+    return Way(
+        key=key,
+        change=change,
+        span=span,
+        ranks=found.ranks,
+        peak_bytes=found.peak_bytes,
+        step_s=played.step_s,
+        run_s=space.run_s(played) if known else None,
+    )
 
 
 def ways_out(space: Space, smallest: Candidate) -> tuple[Way, ...]:
@@ -226,13 +230,7 @@ def _relaxed(space: Space, nearest: Candidate, goal: str) -> Way:
         change = f"`deadline = {math.ceil(space.run_s(nearest) / 8640) / 10:g} days`"
     else:
         change = f"`cost = {math.ceil(cost_of(space, nearest)):_}`"
-    return Change(
-        key=goal,
-        change=change,
-        span=budget.key_spans.get(goal),
-        spaces=(),
-        objective=space.objective,
-    ).with_plan(space, nearest)
+    return _way(goal, change, budget.key_spans.get(goal), space, nearest)
 
 
 def _shorter(space: Space, nearest: Candidate) -> Iterator[Way]:
@@ -242,13 +240,8 @@ def _shorter(space: Space, nearest: Candidate) -> Iterator[Way]:
     if steps and not train.ramp_stages:
         key = "tokens" if "tokens" in train.key_spans else "steps"
         size = f"{steps * train.batch_tokens:_} tokens" if key == "tokens" else f"{steps:_}"
-        way = Change(
-            key=key,
-            change=f"`{key} = {size}`",
-            span=train.key_spans.get(key, train.span),
-            spaces=(),
-            objective=space.objective,
-        ).with_plan(space, nearest)
+        span = train.key_spans.get(key, train.span)
+        way = _way(key, f"`{key} = {size}`", span, space, nearest)
         yield replace(way, run_s=steps * nearest.step_s)
 
 
