@@ -24,15 +24,15 @@ class Reference:
     """Runs a ModelGraph on parameters by full name. `masks` draws dropout masks; None: no
     dropout. Buffers that are not given are as a run begins.
 
-    auxiliary: the losses of layers inside the model, of the last call of `loss`: sums over tokens
-        too, and not part of what it returns.
+    auxiliary: the losses of layers inside the model by name, of the last call of `loss`: sums over
+        tokens too, and not part of what it returns.
     """
 
     def __init__(
         self, graph: ModelGraph, parameters: dict[str, Tensor], masks: Masks | None = None
     ):
         self.graph, self.parameters, self.masks = graph, parameters, masks
-        self.auxiliary: list[Tensor] = []
+        self.auxiliary: list[tuple[str, Tensor]] = []
 
     def _run(self, instance: Instance, index: int, values: dict[str, Tensor]) -> Tensor:
         unit = self.graph.units[instance.unit]

@@ -72,25 +72,28 @@ class Metrics:
         lr: float,
         *,
         stop: bool = False,
+        parts: Mapping[str, Tensor] | None = None,
         figures: Mapping[str, Tensor] | None = None,
     ) -> bool:
         """Record the step that was just done (counted from 1); whether all ranks stop now.
 
         loss: this rank's part of the global mean; None or 0 where the last stage is not.
         stop: whether this rank was asked to; then all stop at the same step.
-        figures: further numbers of the step, the same on all ranks, by what the log calls them.
+        parts: further numbers that are sums over all ranks, of which each has its part, by what the
+            log calls them. figures: the same that all ranks know already.
 
         On GPUs a step's values are read during the next one, so that the host never waits for the
         step it has just launched; they stop one step later.
         """
         now_s = time.perf_counter()
-        own = torch.stack([_own_part(loss, self.mesh), _number(float(stop), self.mesh)])
+        parts, figures = parts or {}, figures or {}
+        stopping = _number(float(stop), self.mesh)
+        own = torch.stack([_own_part(loss, self.mesh), stopping, *parts.values()])
         if self.mesh.world.size > 1:
             dist.all_reduce(own, group=self.mesh.world.group)
-        further = figures or {}
-        rest = [value.detach().to(own).reshape(1) for value in (norm, *further.values())]
+        rest = [value.detach().to(own).reshape(1) for value in (*figures.values(), norm)]
         values = torch.cat([own, *rest])
-        current = _Pending.of(step, values, lr, now_s - self.mark_s, tuple(further))
+        current = _Pending.of(step, values, lr, now_s - self.mark_s, (*parts, *figures))
         self.mark_s = now_s
         if values.is_cuda:
             previous, self.pending = self.pending, current
@@ -137,7 +140,7 @@ class Metrics:
     def _record(self, pending: "_Pending | None") -> None:
         if pending is None:
             return
-        loss, stop, norm, *rest = pending.read()
+        loss, stop, *rest, norm = pending.read()
         figures = dict(zip(pending.names, rest, strict=True))
         if not math.isfinite(loss):
             # every rank has read the same number, so all stop here
@@ -219,7 +222,7 @@ def reduce_loss(loss: Tensor | None, mesh: Mesh) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Pending:
-    """values: [loss, ranks that stop, norm, further ones by `names`], on the host or on its way."""
+    """values: [loss, ranks that stop, further ones by `names`, norm], on the host or on its way."""
 
     step: int
     values: Tensor

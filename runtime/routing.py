@@ -74,10 +74,18 @@ def sequence_load(experts_BTP: Tensor, experts: int, context: Axis | None = None
     return load_BX
 
 
-def with_balance_loss(logits_BTX: Tensor, load_BX: Tensor, coefficient: float, gate: str) -> Tensor:
+def with_balance_loss(
+    logits_BTX: Tensor,
+    load_BX: Tensor,
+    *,
+    coefficient: float,
+    gate: str,
+    alike: Axis | None = None,
+) -> Tensor:
     """The logits as they are; adds coefficient · Σ load · probability to the losses.
 
     coefficient: of the spec, times experts / (picks · tokens of a whole sequence).
+    alike: ranks that have the same logits.
     """
     if gate == "softmax":
         shares_BTX = logits_BTX.softmax(-1)
@@ -85,12 +93,17 @@ def with_balance_loss(logits_BTX: Tensor, load_BX: Tensor, coefficient: float, g
         scores_BTX = logits_BTX.sigmoid()
         shares_BTX = scores_BTX / scores_BTX.sum(-1, keepdim=True)
     load_B1X = load_BX.to(shares_BTX.dtype).unsqueeze(1) * coefficient
-    return with_loss(logits_BTX, (shares_BTX * load_B1X).sum())
+    loss = (shares_BTX * load_B1X).sum()
+    return with_loss(logits_BTX, loss, "balance_loss", alike)
 
 
-def with_z_loss(logits_BTX: Tensor, coefficient: float) -> Tensor:
-    """The logits as they are; adds coefficient · logsumexp² of each token to the losses."""
-    return with_loss(logits_BTX, logits_BTX.logsumexp(-1).square().sum() * coefficient)
+def with_z_loss(logits_BTX: Tensor, *, coefficient: float, alike: Axis | None = None) -> Tensor:
+    """The logits as they are; adds coefficient · logsumexp² of each token to the losses.
+
+    alike: ranks that have the same logits.
+    """
+    loss = logits_BTX.logsumexp(-1).square().sum() * coefficient
+    return with_loss(logits_BTX, loss, "z_loss", alike)
 
 
 def gate_weights(

@@ -43,7 +43,8 @@ class TrainFile:
         self.ramp = self.train.ramp_stages
         calls = {n.target for unit in self.lowered.whole.units.values() for n in unit.calls()}
         self.experts = routing.expert_counts in calls
-        self.inner_losses = bool(calls & {routing.balance_loss, routing.z_loss})
+        inner = (routing.balance_loss, routing.z_loss)
+        self.inner_losses = tuple(loss.__name__ for loss in inner if loss in calls)
         # FSDP2 needs to be told of every type that is not the stored one
         shorter = self.precision.mixed or self.precision.reduced != self.precision.stored
         self.typed = shorter and self.plan.zero > 0

@@ -137,8 +137,13 @@ def print_step(file: TrainFile, clip: str) -> None:
         file.imports.add("from runtime.balance import balance_experts")
         t.line("loads = balance_experts(trainer.models, mesh)")
         figures.append("loads")
+    more = ""
+    if file.inner_losses:
+        names = ", ".join(f'"{name}"' for name in file.inner_losses)
+        t.line(f"inner = auxiliary.parts({names}, device=mesh.device)")
+        more += ", parts=inner"
+    more += f", figures={' | '.join(figures)}" if figures else ""
     t.line("done = step + 1")
-    more = f", figures={' | '.join(figures)}" if figures else ""
     t.line(f"stop = metrics.step(done, loss, norm, rate(step), stop=interrupts.asked{more})")
     if train.validate:
         count = train.validate.option("batches")

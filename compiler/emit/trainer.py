@@ -82,8 +82,8 @@ def print_inner_scale(file: TrainFile) -> None:
     """Losses inside the model are divided, and scaled, as the token loss is."""
     if file.inner_losses:
         file.imports.add("from runtime import auxiliary")
-        scale = "self.scale.value" if file.precision.loss_scale else "1"
-        file.text.line(f"auxiliary.set_scale({scale} / batch.target_tokens)")
+        scale = ", self.scale.value" if file.precision.loss_scale else ""
+        file.text.line(f"auxiliary.begin(batch.target_tokens{scale})")
 
 
 def step_docstring(file: TrainFile) -> str:

@@ -278,12 +278,14 @@ class Entry:
 class Localised:
     """How one node was placed on the tensor axis, for printing.
 
-    factor: the split factor, or None. axis: the expression of the mesh axis (`self.tensor`).
+    factor: the split factor, or None. axis: the expression of the mesh axis (`self.tensor`), of
+        so many ranks.
     whole: the node's shapes before placing, operands then result.
     """
 
     factor: str | None = None
     axis: str = "self.tensor"
+    ranks: int = 1
     whole_operands: tuple[Shape, ...] = ()
     whole_result: Shape = ()
 

@@ -30,14 +30,15 @@ from llmspec.compiler.ops.registry import (
     tensor_operands,
 )
 
-AUXILIARY: ContextVar[list[Tensor] | None] = ContextVar("auxiliary", default=None)
-"""Where the reference collects the losses of layers inside the model, as sums over tokens."""
+AUXILIARY: ContextVar[list[tuple[str, Tensor]] | None] = ContextVar("auxiliary", default=None)
+"""Where the reference collects the losses of layers inside the model, by the names of their
+operators, as sums over tokens."""
 
 
-def _added(loss: Tensor) -> None:
+def _added(name: str, loss: Tensor) -> None:
     found = AUXILIARY.get()
     if found is not None:
-        found.append(loss)
+        found.append((name, loss))
 
 
 def probabilities(logits: Tensor, gate: str) -> Tensor:
@@ -110,7 +111,8 @@ def balance_loss(
     Source: Fedus et al. 2021 (Switch Transformer), 2.2, per sequence as in DeepSeek-V3.
     """
     share = load.to(logits.dtype) * (logits.shape[-1] / (top_k * tokens))
-    _added(coefficient * (probabilities(logits, gate) * share.unsqueeze(1)).sum())
+    loss = coefficient * (probabilities(logits, gate) * share.unsqueeze(1)).sum()
+    _added(balance_loss.__name__, loss)
     return logits
 
 
@@ -119,7 +121,7 @@ def z_loss(logits: Tensor, coefficient: float) -> Tensor:
 
     Source: Zoph et al. 2022 (ST-MoE), 3.3.
     """
-    _added(coefficient * logits.logsumexp(-1).square().sum())
+    _added(z_loss.__name__, coefficient * logits.logsumexp(-1).square().sum())
     return logits
 
 
@@ -255,16 +257,24 @@ def _render_load(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
     return _printed("sequence_load", args[0], f"experts={node.args[1]}")
 
 
-def _render_balance(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
+def _alike(placed: Localised) -> list[str]:
+    """Which ranks have the same loss, if several do: each counts a share in the log."""
+    several = placed.ranks > 1 and placed.factor is None
+    return [f"alike={placed.axis}"] if several else []
+
+
+def _render_balance(node: fx.Node, args: Sequence[str], placed: Localised) -> Printed:
     _logits, load, coefficient, gate, top_k, tokens = node.args
     experts = shape_of(load)[1]  # type: ignore[arg-type]
     scale = cast(float, coefficient) * experts / cast(int, top_k) / cast(int, tokens)
     name = "with_balance_loss"
-    return _printed(name, args[0], args[1], f"coefficient={scale!r}", f"gate={gate!r}")
+    options = [f"coefficient={scale!r}", f"gate={gate!r}", *_alike(placed)]
+    return _printed(name, args[0], args[1], *options)
 
 
-def _render_z(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
-    return _printed("with_z_loss", args[0], f"coefficient={node.args[1]!r}")
+def _render_z(node: fx.Node, args: Sequence[str], placed: Localised) -> Printed:
+    options = [f"coefficient={node.args[1]!r}", *_alike(placed)]
+    return _printed("with_z_loss", args[0], *options)
 
 
 def _render_gate(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:

@@ -174,6 +174,7 @@ class _Sharder:
             "state": choice.result,
             "localised": Localised(
                 factor=choice.factor,
+                ranks=self.ranks,
                 whole_operands=tuple(shape_of(o) for o in operands),
                 whole_result=shape_of(node),
             ),

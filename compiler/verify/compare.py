@@ -83,7 +83,10 @@ def whole_norm(gradients: dict[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
+    """inner: the losses of layers inside the model, by name, as means over the batch's targets."""
+
     loss: Tensor
+    inner: dict[str, float]
     gradients: dict[str, Tensor]
     norm: Tensor
     clipped: dict[str, Tensor]
@@ -101,13 +104,16 @@ def expected(
     leaves = leaf_parameters(parameters)
     reference = Reference(graph, dict(leaves), masks)
     total = torch.zeros((), dtype=next(iter(leaves.values())).dtype)
+    inner: dict[str, float] = {}
     targets = tokens.shape[0] * (tokens.shape[1] - 1)
     for start in range(0, tokens.shape[0], graph.sequences):
         rows = tokens[start : start + graph.sequences]
         samples = torch.arange(start, start + len(rows))
         loss = reference.loss(rows[:, :-1], rows[:, 1:], samples) / targets
-        inside = [part / targets for part in reference.auxiliary]
-        torch.stack([loss, *inside]).sum().backward()
+        inside = [(name, part / targets) for name, part in reference.auxiliary]
+        torch.stack([loss, *(part for _, part in inside)]).sum().backward()
+        for name, part in inside:
+            inner[name] = inner.get(name, 0.0) + float(part)
         total = total + loss.detach()
     gradients = {
         n: (p.grad if p.grad is not None else torch.zeros_like(p)) for n, p in leaves.items()
@@ -115,7 +121,9 @@ def expected(
     norm = whole_norm(gradients)
     scale = (clip / (norm + 1e-6)).clamp(max=1.0)
     clipped = {n: g * scale.to(g.dtype) for n, g in gradients.items()}
-    return Expected(loss=total.double(), gradients=gradients, norm=norm, clipped=clipped)
+    return Expected(
+        loss=total.double(), inner=inner, gradients=gradients, norm=norm, clipped=clipped
+    )
 
 
 def merged(ranks: list[dict[str, Any]], key: str) -> Iterator[tuple[str, Tensor, bool]]:
@@ -140,6 +148,10 @@ def compare(ranks: list[dict[str, Any]], want: Expected, tolerance: Tolerance) -
             error=float((total_loss(ranks) - want.loss).abs() / (want.loss.abs() * tolerance.loss)),
         )
     ]
+    for name, value in want.inner.items():
+        # all parts add up, whichever rank has them
+        off = abs(sum(float(r["inner"][name]) for r in ranks) - value)
+        out.append(Difference(what=name, error=off / (abs(value) * tolerance.loss)))
     for rank, values in enumerate(ranks):
         off = float((values["norm"] - want.norm).abs() / (want.norm * tolerance.relative))
         out.append(Difference(what=f"gradient norm on rank {rank}", error=off))

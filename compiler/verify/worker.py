@@ -85,6 +85,9 @@ def _run(task: Task, rank: int, store: str) -> dict[str, Any]:
     out: dict[str, Any] = {"coordinates": {a: getattr(mesh, a).rank for a in task.mesh}}
     out["parameters"] = _whole(trainer.models, gradients=False)
     out["loss"] = trainer.step(batch).double().cpu()
+    if (Path(task.folder) / "runtime/auxiliary.py").exists():
+        inner = importlib.import_module("runtime.auxiliary")
+        out["inner"] = inner.parts("balance_loss", "z_loss", device=mesh.device)
     scale = trainer.scale.value if hasattr(trainer, "scale") else 1.0
     out["gradients"] = _whole(trainer.models, gradients=True, scale=scale)
     out["norm"] = trainer.clip(task.clip).double().cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -25,6 +26,7 @@ PLANS = {
     "one": "tensor = 1",
     "sharded": "data = 2; zero = 3",
     "tensor": "tensor = 2; sequence = on",
+    "tensor, every rank all tokens": "tensor = 2; sequence = off",
     "pipeline": "pipeline = 2; microbatch = 2",
     "context": "context = 2",
 }
@@ -47,9 +49,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
 
 
 def test_what_the_log_says(alone: list[dict[str, float]]) -> None:
-    """The fullest expert over the mean one, and the share that a capacity of 1 cannot hold."""
+    """The fullest expert over the mean one, the share that a capacity of 1 cannot hold, and what
+    the losses of both layers add to that of the tokens."""
     assert all(1 < row["expert_load"] <= 8 for row in alone)
     assert all(0 < row["dropped"] < 1 for row in alone)
+    # two layers; routers have learned nothing yet: shares of 1/8, logits near 0
+    assert [row["balance_loss"] for row in alone] == pytest.approx([2 * 0.01] * STEPS, rel=0.05)
+    even = 2 * 0.001 * math.log(8) ** 2
+    assert [row["z_loss"] for row in alone] == pytest.approx([even] * STEPS, rel=0.05)
 
 
 @pytest.mark.parametrize("plan", ["sharded", "context"])
@@ -60,7 +67,7 @@ def test_the_same_run_on_every_mesh(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("plan", ["tensor", "pipeline"])
+@pytest.mark.parametrize("plan", ["tensor", "tensor, every rank all tokens", "pipeline"])
 def test_the_same_run_on_other_meshes(
     plan: str, alone: list[dict[str, float]], tmp_path: Path
 ) -> None:

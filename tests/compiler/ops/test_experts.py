@@ -8,9 +8,9 @@ from torch import Tensor
 
 from llmspec.compiler.ops import experts, routing
 from llmspec.compiler.ops.routing import AUXILIARY
+from llmspec.runtime import auxiliary
 from llmspec.runtime import experts as run_experts
 from llmspec.runtime import routing as run_routing
-from llmspec.runtime.auxiliary import set_scale
 
 B, T, D, X, P = 3, 8, 6, 8, 3
 
@@ -22,9 +22,9 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def reference(
     x: Tensor, router: Tensor, weight: Tensor, bias: Tensor, gate: str, capacity: int | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """(the layer's result, the losses inside)."""
-    found: list[Tensor] = []
+    found: list[tuple[str, Tensor]] = []
     token = AUXILIARY.set(found)
     logits = routing.router(x, router)
     chosen = routing.choose_experts(logits, P, gate, 4, 2, bias)
@@ -41,7 +41,7 @@ def reference(
     rows = experts.dispatch(x, order, P)
     rows = experts.grouped_bias(experts.grouped_linear(rows, weight, counts), drawn(X, D), counts)
     AUXILIARY.reset(token)
-    return experts.combine(rows, weights, order), torch.stack(found).sum()
+    return experts.combine(rows, weights, order), dict(found)
 
 
 def emitted(
@@ -54,8 +54,8 @@ def emitted(
     if capacity is not None:
         chosen = run_routing.drop_over_capacity(chosen, capacity)
     load = run_routing.sequence_load(chosen, X)
-    logits = run_routing.with_balance_loss(logits, load, 0.3 * X / (P * T), gate)
-    logits = run_routing.with_z_loss(logits, 0.2)
+    logits = run_routing.with_balance_loss(logits, load, coefficient=0.3 * X / (P * T), gate=gate)
+    logits = run_routing.with_z_loss(logits, coefficient=0.2)
     weights = run_routing.gate_weights(
         logits,
         chosen,
@@ -76,15 +76,16 @@ def emitted(
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
 def test_a_layer_and_its_gradients(gate: str, capacity: int | None) -> None:
     values = drawn(B, T, D), drawn(X, D, seed=1), drawn(X, D, D, seed=2)
-    bias, gradient, scale = drawn(X, seed=3), drawn(B, T, D, seed=4), 0.125
+    bias, gradient, scale = drawn(X, seed=3), drawn(B, T, D, seed=4), 1 / 8
     ours = [v.clone().requires_grad_() for v in values]
     theirs = [v.clone().requires_grad_() for v in values]
     want, inside = reference(*theirs, bias, gate, capacity)
-    ((want * gradient).sum() + scale * inside).backward()
-    set_scale(scale)
+    ((want * gradient).sum() + scale * sum(inside.values())).backward()
+    auxiliary.begin(8)
     have = emitted(*ours, bias, gate, capacity)
     (have * gradient).sum().backward()
-    set_scale(1.0)
+    counted = auxiliary.parts("balance_loss", "z_loss", "other", device=gradient.device)
+    assert counted == pytest.approx({n: v.item() * scale for n, v in inside.items()} | {"other": 0})
     torch.testing.assert_close(have, want)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.grad, other.grad)
@@ -95,7 +96,7 @@ def test_the_balance_loss_is_each_sequences_own() -> None:
     are chosen alike."""
     logits = drawn(B, T, X)
     chosen = routing.choose_experts(logits, P, "softmax", 1, 1)
-    found: list[Tensor] = []
+    found: list[tuple[str, Tensor]] = []
     token = AUXILIARY.set(found)
     load = routing.sequence_load(chosen, X)
     routing.balance_loss(logits, load, 0.5, "softmax", P, T)
@@ -106,8 +107,8 @@ def test_the_balance_loss_is_each_sequences_own() -> None:
     for b in range(B):
         f = torch.bincount(chosen[b].flatten(), minlength=X) / (P * T)
         wanted += T * 0.5 * X * float((f * logits[b].softmax(-1).mean(0)).sum())
-    assert float(found[0]) == pytest.approx(wanted)
-    assert float(found[1]) == pytest.approx(B * T * 0.5)
+    assert float(found[0][1]) == pytest.approx(wanted)
+    assert float(found[1][1]) == pytest.approx(B * T * 0.5)
 
 
 def test_who_is_dropped() -> None:

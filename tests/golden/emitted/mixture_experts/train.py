@@ -56,7 +56,7 @@ class Trainer:
 
     def step(self, batch: Batch) -> Tensor:
         """Gradients of one batch, summed over all processes; this process's loss."""
-        auxiliary.set_scale(1 / batch.target_tokens)
+        auxiliary.begin(batch.target_tokens)
         loss = torch.zeros((), device=self.mesh.device)
         for micro in batch.microbatches(MICROBATCHES):
             self.gradients.before_microbatch(micro)
@@ -115,8 +115,11 @@ def main() -> None:
             norm = trainer.clip(1.0)
             optimizer.step()
             loads = balance_experts(trainer.models, mesh)
+            inner = auxiliary.parts("balance_loss", device=mesh.device)
             done = step + 1
-            stop = metrics.step(done, loss, norm, rate(step), stop=interrupts.asked, figures=loads)
+            stop = metrics.step(
+                done, loss, norm, rate(step), stop=interrupts.asked, parts=inner, figures=loads
+            )
             if stop or done % 1000 == 0 or done == STEPS:
                 metrics.flush()
                 checkpoints.save(done, trainer.models, optimizer)
