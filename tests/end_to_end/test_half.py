@@ -17,11 +17,24 @@ PURE = "bf16(master=none, moments=bf16, reduce=bf16, rounding=stochastic)"
 MESHES = {
     "data 2, zero 0": "data = 2; zero = 0",
     "data 2, zero 1": "data = 2; zero = 1",
+    "data 2, zero 2": "data = 2; zero = 2",
     "data 2, zero 3": "data = 2; zero = 3",
     "tensor 2": "tensor = 2",
     "pipeline 2": "pipeline = 2; microbatch = 2",
+    "context 2": "context = 2; zero = 0",
+    "expert 2, zero 0": "data = 2; expert = 2; zero = 0",
+    "expert 2, zero 3": "data = 2; expert = 2; zero = 3",
 }
-IN_SHORT = ("data 2, zero 3", "pipeline 2")
+IN_SHORT = ("data 2, zero 3", "pipeline 2", "expert 2, zero 0")
+MIXTURE = """model m {
+    vocab = 256; context = 16; width = 32
+    block layer(x) {
+        x = x + attention(rmsnorm(x), heads=4, kv_heads=2, causal)
+        x = x + moe(rmsnorm(x), experts=4, top_k=2, expert=swiglu(ffn=32), balance=aux(0.01))
+    }
+    tokens -> embed -> layer * 2 -> rmsnorm -> unembed
+}
+"""
 cases = [
     pytest.param(pins, id=name, marks=() if name in IN_SHORT else pytest.mark.long)
     for name, pins in MESHES.items()
@@ -30,14 +43,15 @@ cases = [
 
 def compiled(folder: Path, pins: str, precision: str = FP16) -> Emitted:
     programs.write_data(folder)
-    text = programs.spec_text(programs.LLAMA, 2, pins, steps=STEPS, more="checkpoint = every(2)")
+    model = MIXTURE if "expert" in pins else programs.LLAMA
+    text = programs.spec_text(model, 2, pins, steps=STEPS, more="checkpoint = every(2)")
     text = text.replace("2 * cpu", '2 * gpu("H100")').replace("fp32", precision)
     return programs.compile_text(text, folder / "m.llmspec", folder / "build" / "run")
 
 
-def overflowing(victim: int, done: list[int] | None = None) -> Callable[[int], list[Any]]:
+def overflowing(victim: int, of: str = "") -> Callable[[int], list[Any]]:
     """One gradient on one rank is infinite in one step; returns what each rank then did: whether
-    it updated, and a sum over its weights after each step."""
+    it updated, and a sum over its weights after each step. of: a part of the weight's name."""
 
     def prepare(rank: int) -> list[Any]:
         train = programs.emitted_module("train")
@@ -51,7 +65,8 @@ def overflowing(victim: int, done: list[int] | None = None) -> Callable[[int], l
         def infinite_once(self: Any, max_norm: float | None) -> Any:
             seen.append({"before": weights(self)})
             if len(seen) == OVERFLOW and rank == victim:
-                p = next(p for m in self.models for p in m.parameters() if p.grad is not None)
+                named = [pair for m in self.models for pair in m.named_parameters()]
+                p = next(p for name, p in named if of in name and p.grad is not None)
                 getattr(p.grad, "_local_tensor", p.grad).view(-1)[0] = float("inf")
             return clip(self, max_norm)
 
@@ -69,7 +84,9 @@ def overflowing(victim: int, done: list[int] | None = None) -> Callable[[int], l
 @pytest.mark.parametrize("pins", cases)
 def test_an_overflow_on_one_rank_skips_the_step_on_all(tmp_path: Path, pins: str) -> None:
     program = compiled(tmp_path, pins)
-    for rank, steps in enumerate(programs.run(program, overflowing(victim=1))):
+    # no other rank has the weights of this one's experts
+    prepare = overflowing(victim=1, of="experts" if "expert" in pins else "")
+    for rank, steps in enumerate(programs.run(program, prepare)):
         assert [s["updates"] for s in steps] == [n != OVERFLOW for n in range(1, STEPS + 1)]
         # halved by the overflow, and back after two good steps
         assert [s["scale"] / 65536 for s in steps] == [1, 1, 0.5, 0.5, 1, 1], rank
