@@ -1,4 +1,4 @@
-"""The order in which emitted pipelines really compute, send, gather and sum is that of plan.json."""
+"""Emitted pipelines compute, send, gather and sum in the order that plan.json says."""
 
 from __future__ import annotations
 
