@@ -148,10 +148,10 @@ def compare(ranks: list[dict[str, Any]], want: Expected, tolerance: Tolerance) -
             error=float((total_loss(ranks) - want.loss).abs() / (want.loss.abs() * tolerance.loss)),
         )
     ]
-    for name, value in want.inner.items():
+    for name, mean in want.inner.items():
         # all parts add up, whichever rank has them
-        off = abs(sum(float(r["inner"][name]) for r in ranks) - value)
-        out.append(Difference(what=name, error=off / (abs(value) * tolerance.loss)))
+        off = abs(sum(float(r["inner"][name]) for r in ranks) - mean)
+        out.append(Difference(what=name, error=off / (abs(mean) * tolerance.loss)))
     for rank, values in enumerate(ranks):
         off = float((values["norm"] - want.norm).abs() / (want.norm * tolerance.relative))
         out.append(Difference(what=f"gradient norm on rank {rank}", error=off))
