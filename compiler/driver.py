@@ -25,6 +25,7 @@ from llmspec.compiler.cost.unit import sent_width
 from llmspec.compiler.emit.package import emit, write
 from llmspec.compiler.errors import Refused, Unsupported
 from llmspec.compiler.graph import ModelGraph
+from llmspec.compiler.kernels.measured import Measured
 from llmspec.compiler.lower import Lowered, lower
 from llmspec.compiler.ops.collective import Move
 from llmspec.compiler.ops.registry import Sends
@@ -170,7 +171,11 @@ def find_spec(plan_path: str, spec: str) -> str:
 
 
 def lower_plan(session: Session, plan: Plan) -> Lowered:
-    return lower(session.graph(plan.microbatch), plan)
+    return lower(session.graph(plan.microbatch), plan, measured_kernels(session.program))
+
+
+def measured_kernels(program: Program) -> Measured:
+    return machine_of(program.cluster, types_of(program.train)).kernels
 
 
 def emit_plan(session: Session, plan: Plan) -> dict[str, str]:

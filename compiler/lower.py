@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from llmspec.compiler.errors import InternalError
 from llmspec.compiler.graph import Instance, ModelGraph, Unit
+from llmspec.compiler.kernels.measured import NOTHING, Measured
 from llmspec.compiler.kernels.naming import name_kernels
 from llmspec.compiler.orders import Schedule
 from llmspec.compiler.passes.fuse import fuse_unit
@@ -21,7 +22,7 @@ class Lowered:
     """One rank's program, before it is printed.
 
     model: the user's graph. whole: what one context and expert rank sees of it, which tensor ranks
-        share. units: local graphs by unit name.
+        share. units: local graphs by unit name. measured: of kernels, on the plan's cluster.
     """
 
     plan: Plan
@@ -29,16 +30,17 @@ class Lowered:
     whole: ModelGraph
     units: dict[str, Unit]
     placements: dict[str, UnitPlacement]
+    measured: Measured = NOTHING
 
     def blocks(self) -> tuple[Instance, ...]:
         """The chain without its first and last unit."""
         return self.whole.instances[1:-1]
 
 
-def lower(graph: ModelGraph, plan: Plan) -> Lowered:
+def lower(graph: ModelGraph, plan: Plan, measured: Measured = NOTHING) -> Lowered:
     """Apply the passes in order: split tokens over context ranks and experts over expert ranks,
     shard over the tensor axis, fuse operators into kernels, mark what a split backward leaves for
-    later; stages and recomputation are the plan's.
+    later; stages and recomputation are the plan's. `measured`: of kernels, on the plan's cluster.
 
     Errors: InternalError when plan and graph do not belong together; Refused for operators to
     recompute that the model does not have.
@@ -54,9 +56,19 @@ def lower(graph: ModelGraph, plan: Plan) -> Lowered:
     units = {name: shard_unit(unit, placements[name], ranks) for name, unit in graph.units.items()}
     check_recompute(units, graph.instances, plan.recompute)
     if plan.kernels == "triton":
-        units = {n: fuse_unit(u, lists_of(plan.recompute.get(n, ()))) for n, u in units.items()}
+        units = {
+            n: fuse_unit(u, lists_of(plan.recompute.get(n, ())), measured=measured)
+            for n, u in units.items()
+        }
         name_kernels(units.values())
     if len(plan.stages) > 1 and Schedule(plan.schedule).splits:
         for unit in units.values():
             leave_weights_for_later(unit)
-    return Lowered(plan=plan, model=model, whole=graph, units=units, placements=placements)
+    return Lowered(
+        plan=plan,
+        model=model,
+        whole=graph,
+        units=units,
+        placements=placements,
+        measured=measured,
+    )

@@ -9,6 +9,7 @@ from llmspec.dsl import syntax
 from llmspec.dsl.diagnostics import Diagnostic, Fault, did_you_mean, fault, listing, shown
 from llmspec.dsl.goals import budget_of, check_goals, prefer_of
 from llmspec.dsl.hardware import cluster_of, device_of
+from llmspec.dsl.kernels import kernels_of
 from llmspec.dsl.legality import check_pins
 from llmspec.dsl.model_values import ModelFinder, must_exist
 from llmspec.dsl.pins import Pins
@@ -98,6 +99,8 @@ class Checker:
                     self.attempt(lambda d=declaration: cluster_of(d, self.scope, self.sources))
                 elif declaration.kind in ("gpu", "cpu"):
                     self.attempt(lambda d=declaration: device_of(d))
+                elif declaration.kind == "kernels":
+                    self.attempt(lambda d=declaration: kernels_of(d))
 
     def pick_train(self, name: str | None) -> syntax.Section:
         blocks = self.own("train")

@@ -14,7 +14,7 @@ from llmspec.dsl.layout import CLOSER, CONTINUES, Layout, Token, lay_out
 
 INDENT = 4
 WIDTH = 100
-ALIGNED = ("cluster", "train", "budget", "plan", "gpu", "cpu")
+ALIGNED = ("cluster", "train", "budget", "plan", "gpu", "cpu", "kernels")
 TIGHT_AFTER = ("(", "[")
 OPENS_VALUE = (
     "(",

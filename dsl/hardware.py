@@ -10,14 +10,16 @@ from pathlib import Path
 
 from llmspec.dsl import syntax
 from llmspec.dsl.diagnostics import SpecError, did_you_mean, fault, listing, shown
+from llmspec.dsl.kernels import kernels_of
 from llmspec.dsl.measured import TABLES, factors
 from llmspec.dsl.program import Cluster, Device, DeviceKind, Span
 from llmspec.dsl.sources import LIBRARY, Scope, Sources
+from llmspec.dsl.tuned import TunedKernels
 from llmspec.dsl.units import Dimension, Measure
 from llmspec.dsl.values import evaluate, in_units, plain, whole
 
 HARDWARE = LIBRARY / "hardware"
-CLUSTER_KEYS = ("node", "nodes", "network", "host_memory", "price")
+CLUSTER_KEYS = ("node", "nodes", "network", "host_memory", "price", "kernels")
 DEVICE_KEYS = (*("memory", "usable", "peak", "link", "host_link", "network", "price", "also"),)
 COUNT = "multiprocessors"
 LATENCIES = ("launch", "link_latency", "network_latency")
@@ -346,8 +348,25 @@ def cluster_of(section: syntax.Section, scope: Scope, sources: Sources) -> Clust
         nodes_span=keys["nodes"].span if "nodes" in keys else None,
         network_bytes_per_s=network,
         host_memory_bytes=host_memory,
+        kernels=named_kernels(equal_only(keys["kernels"]), scope) if "kernels" in keys else None,
         span=section.span,
     )
+
+
+def named_kernels(node: syntax.Node, scope: Scope) -> TunedKernels:
+    known = {name: one for (kind, name), (one, _) in scope.sections.items() if kind == "kernels"}
+    name = node.text if isinstance(node, syntax.Name) else ""
+    if name not in known:
+        otherwise = "`llmspec tune` measures them, and writes `kernels NAME { … }`"
+        raise fault(
+            "E0201",
+            f"no kernels named `{shown(name)}` are known"
+            if name
+            else "`kernels` is the name of such a section",
+            node.span,
+            helps=did_you_mean(name, known, otherwise=otherwise),
+        )
+    return kernels_of(known[name])
 
 
 def nodes_of(setting: syntax.Setting) -> tuple[int, bool]:

@@ -18,7 +18,9 @@ from llmspec.dsl.layout import Token as Piece
 MAX_BYTES = 256 * 1024
 MAX_FAULTS = 12
 
-DECLARATIONS = ("import", "model", "cluster", "train", "budget", "plan", "gpu", "cpu", "prefer")
+DECLARATIONS = (
+    *("import", "model", "cluster", "train", "budget", "plan", "gpu", "cpu", "kernels", "prefer"),
+)
 VALUE = frozenset(("NUMBER", "LPAR", "LSQB", "LBRACE"))
 
 

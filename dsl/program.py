@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import gcd
 
+from llmspec.dsl.tuned import TunedKernels
+
 Scalar = bool | int | float | str | None
 """A value that an operator's option can hold (tuples of scalars too)."""
 
@@ -236,6 +238,7 @@ class Cluster:
 
     network_bytes_per_s: between nodes, one direction, per device.
     host_memory_bytes: of one node, what its processes may use beside their devices' memory.
+    kernels: what `llmspec tune` measured of kernels on its devices.
     """
 
     name: str
@@ -247,6 +250,7 @@ class Cluster:
     nodes_span: Span | None = None
     network_bytes_per_s: float
     host_memory_bytes: int
+    kernels: TunedKernels | None = None
     span: Span
 
     @property

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from llmspec.dsl.format import WIDTH, format_text
 from llmspec.dsl.hardware import CONSTANTS, COUNT, OPTIONAL
+from llmspec.dsl.kernels import kernels_text
 from llmspec.dsl.layout import Token, scan
 from llmspec.dsl.measured import TABLES
 from llmspec.dsl.options import OPERATORS, PLAN
@@ -46,6 +47,7 @@ def explicit_text(program: Program) -> str:
     parts = [
         model_text(program.model),
         device_text(program.cluster.device),
+        *kernels_lines(program.cluster),
         cluster_text(program.cluster),
         train_text(program.train, program.model.name, program.cluster.name),
         budget_text(program.budget),
@@ -366,6 +368,12 @@ def device_text(device: Device) -> str:
     return f"{head} {{\n" + "\n".join(lines) + "\n}"
 
 
+def kernels_lines(cluster: Cluster) -> list[str]:
+    if cluster.kernels is None:
+        return []
+    return [kernels_text(cluster.kernels, lambda rate: rate_text(rate, "B/s"))]
+
+
 def cluster_text(cluster: Cluster) -> str:
     device = cluster.device
     return (
@@ -373,7 +381,9 @@ def cluster_text(cluster: Cluster) -> str:
         f"node = {cluster.devices_per_node} * {device.kind.value}({quoted(device.name)})\n"
         f"nodes {'<=' if cluster.nodes_are_bound else '='} {cluster.nodes}\n"
         f"network = {rate_text(cluster.network_bytes_per_s, 'B/s')} per device\n"
-        f"host_memory = {exact_bytes(cluster.host_memory_bytes)} per node\n}}"
+        f"host_memory = {exact_bytes(cluster.host_memory_bytes)} per node\n"
+        + (f"kernels = {cluster.kernels.name}\n" if cluster.kernels is not None else "")
+        + "}"
     )
 
 

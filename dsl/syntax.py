@@ -195,7 +195,7 @@ class ModelDeclaration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """A cluster, train, budget, plan, gpu or cpu section: `cluster pod { … }`."""
+    """A cluster, train, budget, plan, gpu, cpu or kernels section: `cluster pod { … }`."""
 
     kind: str
     name: str | None

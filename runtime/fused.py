@@ -1,7 +1,7 @@
 """What fused kernels share: types, tiles, random bits, and Triton where there is one."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -75,12 +75,16 @@ def jit(*names: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What one program of a kernel takes of rows × columns."""
+    """What one program of a kernel takes of rows × columns.
+
+    stages: tiles that are on their way at once where a program goes over several of them.
+    """
 
     rows: int
     columns: int
     warps: int
     of_columns: int
+    stages: int = 1
 
     @property
     def options(self) -> dict[str, int]:
@@ -104,16 +108,30 @@ class Tile:
         return down, self.across
 
 
-def whole_rows(columns: int) -> Tile:
+NOTHING: Mapping[Any, Any] = {}
+Measured = Mapping[int, tuple[int, int, int, int]]
+"""By columns of a tensor: rows and columns of the tile, warps, stages."""
+
+
+def whole_rows(columns: int, measured: Measured = NOTHING) -> Tile:
     """For kernels that reduce rows: 16 numbers a thread where a row is wide."""
+    if columns in measured:
+        return _measured(columns, measured)
     whole = _power_of_two(columns)
     return Tile(max(ELEMENTS // whole, 1), whole, min(max(whole // 512, 4), 32), columns)
 
 
-def flat(columns: int) -> Tile:
+def flat(columns: int, measured: Measured = NOTHING) -> Tile:
     """For kernels whose elements stand for themselves."""
+    if columns in measured:
+        return _measured(columns, measured)
     wide = min(_power_of_two(columns), WIDEST)
     return Tile(ELEMENTS // wide, wide, 4, columns)
+
+
+def _measured(columns: int, measured: Measured) -> Tile:
+    rows, wide, warps, stages = measured[columns]
+    return Tile(rows, wide, warps, columns, stages)
 
 
 def _power_of_two(count: int) -> int:

@@ -188,8 +188,8 @@ def operator_cost(node: fx.Node, shapes: Shapes, machine: Machine, width: int) -
         if entry.moved is None
         else entry.moved(node, shapes, width, machine.fused)
     )
-    moved = moving / machine.memory_bytes_per_s
-    back_moved = back_moving / machine.memory_bytes_per_s
+    forward_rate, backward_rate = (r or machine.memory_bytes_per_s for r in entry.rates)
+    moved, back_moved = moving / forward_rate, back_moving / backward_rate
     if not entry.contraction:
         vector = flops / machine.vector_flops
         return OperatorCost(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from llmspec.compiler.cost.types import Types
 from llmspec.compiler.errors import Unsupported
+from llmspec.compiler.kernels.measured import NOTHING, Measured, measured_of
 from llmspec.compiler.ops.registry import BY_NAME
 from llmspec.compiler.placement import Collective
 from llmspec.dsl.program import Cluster, Device, DeviceKind
@@ -103,6 +104,7 @@ class Machine:
     operators: what calibration found, by an operator's name: launches and share of the rate
         predicted here, forward, and the same backward. UPDATE is the optimizer's.
     collectives: (kind, rounds of latency, share of the link's rate), inside a node.
+    kernels: what tuning found of kernels in the compute type.
     early_stop: a block that runs again stops at the last value that its backward keeps.
     whole_logits: they are a value of their own.
     peak_flops: the nominal one that utilisation is a share of.
@@ -139,6 +141,7 @@ class Machine:
     whole_logits: bool = False
     operators: Mapping[str, tuple[float, ...]] = field(default_factory=dict, hash=False)
     collectives: tuple[tuple[str, float, float], ...] = ()
+    kernels: Measured = NOTHING
 
     def forward_s(self, name: str, bare_s: float, launches: float = 1.0) -> float:
         """Of an operator that takes `bare_s` at this device's rates."""
@@ -200,6 +203,7 @@ def machine_of(cluster: Cluster, types: Types) -> Machine:
         whole_logits=known.get("whole_logits", 0.0) > 0,
         operators=_operators(cluster),
         collectives=_collectives(cluster),
+        kernels=measured_of(cluster, types.compute, known["sustained"]),
     )
 
 

@@ -11,6 +11,7 @@ from llmspec.compiler.kernels.module import print_kernels
 from llmspec.compiler.lower import Lowered
 from llmspec.compiler.precision import BYTES, Precision
 from llmspec.compiler.text import quoted
+from llmspec.dsl.tuned import TunedKernel
 
 ABOUT = (
     "",
@@ -19,6 +20,8 @@ ABOUT = (
     "from the operators' derivatives. Numbers are float32 inside, or wider. Rows are all",
     "dimensions but the last one: columns.",
 )
+BY_RULE = "Tiles are by rule (runtime/fused.py); `llmspec tune` measures others."
+MEASURED = "Tiles are those of `kernels {name}` where they were measured, else by rule."
 
 
 CHECKS = (
@@ -34,11 +37,31 @@ def kernel_files(
     found = kernels_of(lowered)
     if not found:
         return {}
-    header = [*Header(lowered.plan, quoted(lowered.plan.spec)).lines()[:2], *ABOUT]
-    width = BYTES[precision.compute]
-    text = print_kernels(found, header=header, width=width, bytes_per_s=bytes_per_s)
-    checks = print_checks(found, header=[*header[:2], *CHECKS])
+    head = Header(lowered.plan, quoted(lowered.plan.spec)).lines()[:2]
+    known = bool(lowered.measured.kernels)
+    says = MEASURED.format(name=lowered.measured.name) if known else BY_RULE
+    text = print_kernels(
+        found,
+        header=[*head, *ABOUT, says],
+        width=BYTES[precision.compute],
+        bytes_per_s=bytes_per_s,
+        tiles=tiles_of(lowered) if known else None,
+    )
+    checks = print_checks(found, header=[*head, *CHECKS])
     return {"kernels.py": text, "test_kernels.py": checks}
+
+
+def tiles_of(lowered: Lowered) -> dict[str, dict[int, TunedKernel]]:
+    """By a kernel's name and the columns of its rows, what was measured of it."""
+    found: dict[str, dict[int, TunedKernel]] = {}
+    for unit in lowered.units.values():
+        for node in unit.calls():
+            if isinstance(node.target, Kernel):
+                group = node.target.group
+                known = lowered.measured.of(group)
+                if known is not None:
+                    found.setdefault(group.name, {})[group.columns] = known
+    return found
 
 
 def kernels_of(lowered: Lowered) -> dict[str, tuple[Group, list[str]]]:

@@ -29,9 +29,11 @@ class Kernel:
     entry: Entry
 
     @staticmethod
-    def of(group: Group) -> Kernel:
+    def of(group: Group, rates: tuple[float | None, float | None] = (None, None)) -> Kernel:
+        """`rates`: bytes/s that were measured of it, forward and backward."""
         entry = Entry(
             name=group.name,
+            rates=rates,
             function=_never,
             rule=_no_rule,
             flops=lambda node, shapes: sum(_flops(n) for n in group.members),

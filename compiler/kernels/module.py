@@ -11,13 +11,15 @@ from llmspec.compiler.kernels.group import Group
 from llmspec.compiler.kernels.operators import OperatorPrinter
 from llmspec.compiler.kernels.triton import TritonPrinter
 from llmspec.compiler.text import Text, formatted, in_bytes
+from llmspec.dsl.tuned import TunedKernel, TunedPass
 
 RULE = "# " + "-" * 98
 
 
 @dataclass
 class KernelPrinter:
-    """places: where the model uses it. width: bytes of an element. bytes_per_s: of memory."""
+    """places: where the model uses it. width: bytes of an element. bytes_per_s: of memory.
+    tiles: by columns, those that were measured; others are by rule."""
 
     group: Group
     places: Sequence[str]
@@ -25,14 +27,17 @@ class KernelPrinter:
     bytes_per_s: float | None
     text: Text
     imports: set[tuple[str, str]]
+    tiles: Mapping[int, TunedKernel] | None = None
 
     def print(self) -> None:
         forward, backward = forward_of(self.group), backward_of(self.group)
         self._header(backward is not None)
-        for one in (forward, backward):
+        forward_tiles = {c: k.forward for c, k in (self.tiles or {}).items()}
+        backward_tiles = {c: k.backward for c, k in (self.tiles or {}).items() if k.backward}
+        for one, tiles in ((forward, forward_tiles), (backward, backward_tiles)):
             if one is not None:
                 self._plain(one)
-                triton = TritonPrinter(one, self.text, self.imports)
+                triton = TritonPrinter(one, self.text, self.imports, tiles)
                 triton.print()
                 triton.print_launcher()
         OperatorPrinter(self.group, forward, backward, self.text, self.imports).print()
@@ -51,7 +56,19 @@ class KernelPrinter:
         kept = [i.name for i in group.kept_inputs]
         kept += [o.name for o in group.kept_outputs] + [e.label for e in group.kept_inside]
         t.line(f"#   kept for the backward: {', '.join(kept) or 'nothing'}")
+        self._say_tiles()
         t.blank(2)
+
+    def _say_tiles(self) -> None:
+        """Nothing where the program's cluster has no measured kernels at all."""
+        if self.tiles is None:
+            return
+        if not self.tiles:
+            self.text.line("#   tiles by rule: not measured")
+        for columns, kernel in sorted(self.tiles.items()):
+            for word, one in (("forward", kernel.forward), ("backward", kernel.backward)):
+                if one is not None:
+                    self.text.line(f"#   {word} tile of {columns} columns measured: {_rates(one)}")
 
     def _moves(self, size: int) -> str:
         if not self.bytes_per_s:
@@ -80,6 +97,14 @@ class KernelPrinter:
         t.blank(2)
 
 
+def _rates(one: TunedPass) -> str:
+    words = [f"{one.rate / 1e9:,.4g} GB/s"]
+    for what, rate in (("by rule", one.by_rule), ("eager", one.eager)):
+        if rate is not None:
+            words.append(f"{what} {rate / 1e9:,.4g}")
+    return ", ".join(words)
+
+
 def _shaped(values: Sequence[tuple[str, str]]) -> str:
     """`gate, up [B, T, F]; weight [D]`."""
     by_dims: dict[str, list[str]] = {}
@@ -95,11 +120,14 @@ def print_kernels(
     header: Sequence[str],
     width: int,
     bytes_per_s: float | None,
+    tiles: Mapping[str, Mapping[int, TunedKernel]] | None = None,
 ) -> str:
-    """kernels: by name, the group and the places where it is used."""
+    """kernels: by name, the group and the places where it is used. tiles: by name and columns, what
+    was measured; None: on no cluster."""
     body, imports = Text(), set[tuple[str, str]]()
-    for group, places in kernels.values():
-        KernelPrinter(group, places, width, bytes_per_s, body, imports).print()
+    for name, (group, places) in kernels.items():
+        own = None if tiles is None else tiles.get(name, {})
+        KernelPrinter(group, places, width, bytes_per_s, body, imports, own).print()
     head = Text()
     head.line('"""' + header[0])
     head.lines += [*header[1:], '"""', "", "from __future__ import annotations", ""]

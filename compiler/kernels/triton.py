@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from llmspec.compiler.kernels.body import triton_body
 from llmspec.compiler.kernels.direction import Direction
 from llmspec.compiler.kernels.tiles import reduces_rows
 from llmspec.compiler.ops.formula import Expr
 from llmspec.compiler.text import Text
+from llmspec.dsl.tuned import TunedPass
 
 WIDE = ".to(tl.float32)"
 
 
 @dataclass
 class TritonPrinter:
+    """tiles: by columns, those that were measured; others are by rule."""
+
     one: Direction
     text: Text
     imports: set[tuple[str, str]]
+    tiles: Mapping[int, TunedPass] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         body = triton_body(self.one.roots, self.one.names)
@@ -35,7 +40,7 @@ class TritonPrinter:
             self.imports.add(("runtime.fused", "random_bits"))
         pointers = [f"{n}_ptr" for n, _ in self.one.reads] + [f"{n}_ptr" for n in self.results]
         sizes = list(dict(self.one.row_sizes.values()))
-        fixed = [*sizes, "COLUMNS", "TILE_ROWS", "TILE_COLUMNS"]
+        fixed = [*sizes, "COLUMNS", "TILE_ROWS", "TILE_COLUMNS"] + ["STAGES"] * bool(self.sums)
         given = [*pointers, *self.one.scalars, "rows", *(f"{f}: tl.constexpr" for f in fixed)]
         self.text.line('@jit("stream")' if self.one.draws else "@jit()")
         with self.text.block(f"def {self.one.name}_kernel({', '.join(given)}):"):
@@ -58,7 +63,7 @@ class TritonPrinter:
         for name in self.sums:
             t.line(f"{name} = tl.zeros((1, TILE_COLUMNS), tl.float32)")
         start, step = "tl.program_id(0) * TILE_ROWS", "tl.num_programs(0) * TILE_ROWS"
-        with t.block(f"for first in range({start}, rows, {step}):"):
+        with t.block(f"for first in tl.range({start}, rows, {step}, num_stages=STAGES):"):
             t.line("row = first + tl.arange(0, TILE_ROWS)[:, None]")
             self._tile()
         for name in self.sums:
@@ -124,18 +129,26 @@ class TritonPrinter:
                 if e.columns and e.rows:
                     t.line(f"{name} = {name}.contiguous()")
             t.line(f"rows, columns = {one.like}.shape[:-1].numel(), {one.like}.shape[-1]")
-            t.line(f"tile = {rule}(columns)")
+            t.line(f"tile = {rule}(columns{self._measured()})")
             grid = f"sums(rows, {one.like}.device)" if self.sums else "grid(rows)"
             t.line(f"grid = tile.{grid}")
             for name, e in zip(self.results, one.roots, strict=True):
                 t.line(f"{name} = {self._empty(e)}")
             given = [n for n, _ in one.reads] + self.results + list(one.scalars) + ["rows"]
             given += [f"{n}={v}" for n, v in dict(one.row_sizes.values()).items()]
+            given += ["STAGES=tile.stages"] * bool(self.sums)
             given += ["COLUMNS=columns", "**tile.options"]
             t.line(f"{one.name}_kernel[grid]({', '.join(given)})")
             ends = [f"{n}.sum(0)" if n in self.sums else n for n in self.results]
             t.line(f"return {', '.join(ends)}")
         t.blank(2)
+
+    def _measured(self) -> str:
+        rows = [
+            f"{columns}: ({tile.rows}, {tile.columns}, {tile.warps}, {tile.stages})"
+            for columns, tile in sorted(self.tiles.items())
+        ]
+        return f", measured={{{', '.join(rows)}}}" if rows else ""
 
     def _empty(self, e: Expr) -> str:
         like = self.one.like

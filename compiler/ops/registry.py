@@ -258,6 +258,8 @@ class Entry:
     buffers: Callable[[fx.Node, Shapes, int], int] | None = None
     """Bytes that its backward has alive besides its result and the gradients of its operands, in a
     compute type of so many bytes; None: nothing."""
+    rates: tuple[float | None, float | None] = (None, None)
+    """Bytes/s that were measured of it, forward and backward; None: the memory's are predicted."""
     formula: Formula | None = None
     """How it is computed inside a kernel, together with others; None: it stands alone."""
     kernels: Callable[[fx.Node, Shapes, int], tuple[Sequence[Kernel], Sequence[Kernel]]] | None = (

@@ -22,6 +22,7 @@ from torch import fx
 from llmspec.compiler.graph import Unit, has_rows
 from llmspec.compiler.kernels.group import Group, formula_of, place_of, root
 from llmspec.compiler.kernels.kernel import Kernel, pick
+from llmspec.compiler.kernels.measured import NOTHING, Measured
 from llmspec.compiler.kernels.tiles import fits
 from llmspec.compiler.ops import collective, elementwise, linear
 from llmspec.compiler.ops.registry import (
@@ -277,23 +278,30 @@ def kept_by(node: fx.Node) -> set[fx.Node]:
 # The graph with kernels
 
 
-def fuse_unit(unit: Unit, again: Sequence[Again] = (), *, one_result: bool = False) -> Unit:
+def fuse_unit(
+    unit: Unit,
+    again: Sequence[Again] = (),
+    *,
+    one_result: bool = False,
+    measured: Measured = NOTHING,
+) -> Unit:
     """`unit`: lowered. `again`: of each of its uses, what it computes again in its backward; lists
-    of names alone matter. one_result: of every kernel, so that each may be computed again."""
-    groups = _Fuser(unit, again, one_result).run()
+    of names alone matter. one_result: of every kernel, so that each may be computed again.
+    measured: groups that were slower as one kernel than as PyTorch's operators stay apart."""
+    groups = [g for g in _Fuser(unit, again, one_result).run() if not measured.apart(g)]
     if not groups:
         return unit
-    return _rewrite(unit, groups)
+    return _rewrite(unit, groups, measured)
 
 
-def _rewrite(unit: Unit, groups: list[Group]) -> Unit:
+def _rewrite(unit: Unit, groups: list[Group], measured: Measured) -> Unit:
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
     of = {n: g for g in groups for n in g.members}
     waiting = list(_in_order(unit, of))
     for item in waiting:
         if isinstance(item, Group):
-            _add_kernel(graph, item, new)
+            _add_kernel(graph, Kernel.of(item, measured.rates(item)), new)
         elif item.op == "output":
             graph.output(new[unit.result()])
         else:
@@ -326,8 +334,8 @@ def _in_order(unit: Unit, of: dict[fx.Node, Group]) -> Iterator[fx.Node | Group]
         yield group or node
 
 
-def _add_kernel(graph: fx.Graph, group: Group, new: dict[fx.Node, fx.Node]) -> None:
-    kernel = Kernel.of(group)
+def _add_kernel(graph: fx.Graph, kernel: Kernel, new: dict[fx.Node, fx.Node]) -> None:
+    group = kernel.group
     args = tuple(new[i.node] for i in group.inputs if i.node is not None)
     drawn = [o for n in group.members for o in tensor_operands(n) if _drawn(n, o)]
     args += tuple(new[o] for o in drawn)

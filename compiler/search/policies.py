@@ -90,7 +90,11 @@ class Policies:
         listed = () if isinstance(again, str) else again
         key = (id(option), microbatch, name, listed)
         if key not in self.kernel_flows:
-            unit = fuse_unit(self.unit(option, microbatch, name), [listed] if listed else ())
+            unit = fuse_unit(
+                self.unit(option, microbatch, name),
+                [listed] if listed else (),
+                measured=self.machine.kernels,
+            )
             cost = computing(unit, self.machine, self.types.compute)
             self.kernel_flows[key] = self._flow(option, unit), cost
         return self.kernel_flows[key]
@@ -139,7 +143,8 @@ class Policies:
     def _corners(self, option: TensorOption, size: int, name: str) -> tuple[tuple[str, ...], ...]:
         if self.kernels == "eager":
             return corners(self.flow(option, size, name))
-        unit = fuse_unit(self.unit(option, size, name), one_result=True)
+        alone = self.unit(option, size, name)
+        unit = fuse_unit(alone, one_result=True, measured=self.machine.kernels)
         members = members_of(unit)
         found = corners(self._flow(option, unit))
         return tuple(tuple(m for n in names for m in members[n]) for names in found)

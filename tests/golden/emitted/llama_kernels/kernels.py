@@ -5,6 +5,7 @@ Operators that one kernel computes together. Each is here twice: in plain PyTorc
 run and test_kernels.py compares with, and in Triton, which GPUs run. Backwards are derived
 from the operators' derivatives. Numbers are float32 inside, or wider. Rows are all
 dimensions but the last one: columns.
+Tiles are by rule (runtime/fused.py); `llmspec tune` measures others.
 """
 
 from __future__ import annotations
@@ -90,11 +91,14 @@ def rmsnorm_backward_kernel(
     COLUMNS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     column = tl.arange(0, TILE_COLUMNS)[None, :]
     weight = tl.load(weight_ptr + column, mask=column < COLUMNS, other=0.0).to(tl.float32)
     d_weight = tl.zeros((1, TILE_COLUMNS), tl.float32)
-    for first in range(tl.program_id(0) * TILE_ROWS, rows, tl.num_programs(0) * TILE_ROWS):
+    for first in tl.range(
+        tl.program_id(0) * TILE_ROWS, rows, tl.num_programs(0) * TILE_ROWS, num_stages=STAGES
+    ):
         row = first + tl.arange(0, TILE_ROWS)[:, None]
         inside = (row < rows) & (column < COLUMNS)
         at = row.to(tl.int64) * COLUMNS + column
@@ -119,7 +123,15 @@ def rmsnorm_backward_triton(d_normed: Tensor, x: Tensor, weight: Tensor) -> tupl
     d_x = torch.empty_like(d_normed)
     d_weight = d_normed.new_empty(grid[0], columns, dtype=torch.float32)
     rmsnorm_backward_kernel[grid](
-        d_normed, x, weight, d_x, d_weight, rows, COLUMNS=columns, **tile.options
+        d_normed,
+        x,
+        weight,
+        d_x,
+        d_weight,
+        rows,
+        STAGES=tile.stages,
+        COLUMNS=columns,
+        **tile.options,
     )
     return d_x, d_weight.sum(0)
 
@@ -389,11 +401,14 @@ def residual_rmsnorm_backward_kernel(
     COLUMNS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     column = tl.arange(0, TILE_COLUMNS)[None, :]
     weight = tl.load(weight_ptr + column, mask=column < COLUMNS, other=0.0).to(tl.float32)
     d_weight = tl.zeros((1, TILE_COLUMNS), tl.float32)
-    for first in range(tl.program_id(0) * TILE_ROWS, rows, tl.num_programs(0) * TILE_ROWS):
+    for first in tl.range(
+        tl.program_id(0) * TILE_ROWS, rows, tl.num_programs(0) * TILE_ROWS, num_stages=STAGES
+    ):
         row = first + tl.arange(0, TILE_ROWS)[:, None]
         inside = (row < rows) & (column < COLUMNS)
         at = row.to(tl.int64) * COLUMNS + column
@@ -422,7 +437,16 @@ def residual_rmsnorm_backward_triton(
     d_x = torch.empty_like(d_x_2)
     d_weight = d_x_2.new_empty(grid[0], columns, dtype=torch.float32)
     residual_rmsnorm_backward_kernel[grid](
-        d_x_2, d_normed, x_2, weight, d_x, d_weight, rows, COLUMNS=columns, **tile.options
+        d_x_2,
+        d_normed,
+        x_2,
+        weight,
+        d_x,
+        d_weight,
+        rows,
+        STAGES=tile.stages,
+        COLUMNS=columns,
+        **tile.options,
     )
     return d_x, d_weight.sum(0)
 
