@@ -7,7 +7,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 
-from llmspec.compiler.cli import calibrating, language, planning, running, simulating
+from llmspec.compiler.cli import calibrating, language, planning, running, simulating, tuning
 from llmspec.compiler.cli.console import show_faults
 from llmspec.dsl import SpecError
 
@@ -137,6 +137,17 @@ def _measuring(verbs: Verbs) -> None:
     calibrate.add_argument("--force", action="store_true", help="overwrite it if it is there")
     calibrate.add_argument(
         "--processes", type=int, metavar="N", help="default: every GPU, or 2 on the CPU"
+    )
+
+    tune = verbs.add(
+        "tune", tuning.tune, "measure a spec's kernels on this GPU, and write the best tiles down"
+    )
+    _spec(tune, "the .llmspec file")
+    tune.add_argument(
+        "path",
+        nargs="?",
+        default="here.llmspec",
+        help="the hardware file that gets them; default: here.llmspec",
     )
 
 

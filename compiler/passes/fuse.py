@@ -75,7 +75,7 @@ def entry_of_or_none(node: fx.Node):  # type: ignore[no-untyped-def]
 
 def eager_bytes(node: fx.Node, width: int = NOMINAL) -> tuple[float, float]:
     """What an operator by itself moves, forward and backward."""
-    if _in_product(node):  # its sum is part of the product; backward the gradient is summed
+    if in_product(node):  # its sum is part of the product; backward the gradient is summed
         return 0, width * numel(shape_of(node))
     entry, shapes = entry_of(node), shapes_of(node)
     if entry.moved is not None:
@@ -92,7 +92,7 @@ def eager_bytes(node: fx.Node, width: int = NOMINAL) -> tuple[float, float]:
     return read + result + extra, result + back + gradients + extra
 
 
-def _in_product(node: fx.Node) -> bool:
+def in_product(node: fx.Node) -> bool:
     """Whether PyTorch adds it as the bias of a product."""
     if node.target is not elementwise.add:
         return False
