@@ -22,8 +22,8 @@ class Profile:
     cut: how blocks are divided over stages: `equal`, or `embeddings count` as one block each
         in its later runs; None: not known, left to the search.
     selective: the operators that its selective recomputation runs again.
-    constants: of every device (see `compiler/cost/hardware.py`), by_gpu: of one, each with a
-        reason in `why`.
+    constants: of every device (see `compiler/cost/hardware.py`), by_gpu: of one, wide: of runs
+        that sum in float32, each with a reason in `why`.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Profile:
     short_gradients: bool = False
     constants: Mapping[str, float] = field(default_factory=dict)
     by_gpu: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    wide: Mapping[str, float] = field(default_factory=dict)
     cut: str | None = None
     selective: str = "selective"
     why: tuple[str, ...] = ()
@@ -51,15 +52,30 @@ SOFTMAX = {"fused_softmax": 1.0}
 FUSED = {"fused_norm": 1.0, "fused_rotary": 1.0, "fused_loss": 1.0}
 # Products of weight gradients add to the buffer that is reduced.
 IN_PLACE = {"fused_gradients": 1.0}
+# Transformer Engine returns one tensor for each shape of weight in place of a gradient that was
+# summed where it is reduced (`get_dummy_wgrad`, since 2.3).
+SPARE = {"spare_gradients": 1.0}
+# One kernel for the activation and the product of a gated MLP.
+GATE = {"fused_gate": 1.0}
+# Attention whose values are shorter than its keys; weights of experts join their activation, so
+# that results of experts are not kept (Megatron 2025).
+LATENT = {"fused_heads": 1.0, "fused_combine": 1.0}
+# Sequence ranks keep their part of what a product gathers, and gather again (Korthikanti 2022, 4).
+REGATHERS = {"regathers": 1.0}
 # Weights are stored in the type that they are multiplied in. A micro-batch's gradients, in that
 # type, are added to the sum by a kernel of its own; added in the product; divided and sent.
 ADDED, IN_PRODUCT, DIVIDED = ({"gradient_bytes": bytes_} for bytes_ in (6.0, 0.0, 4.0))
 # FlashAttention of 2022 (InternEvo's docs install 1.0.5): 69 of 155 TFLOP/s of FlashAttention-2 at
 # 2048 tokens, heads of 128, causal (its chart for A100).
 FLASH_1 = {"a100-80-sxm4": {"attention_efficiency": 0.29}}
-# DeepSpeed's defaults of `reduce_bucket_size` and `allgather_bucket_size`, beside the device's
-# own 1.5 GiB.
-BUCKETS = {"fixed_bytes": 1.5 * 2**30 + 2 * 2 * 5e8}
+# A context of 1573 MiB (the source's own reading), a gigabyte of the channels of NCCL's groups,
+# DeepSpeed's defaults of `reduce_bucket_size` and `allgather_bucket_size`.
+BUCKETS = {"fixed_bytes": 1573 * 2**20 + 1e9 + 2 * 2 * 5e8}
+# ZeRO's step makes one flat copy of its part of the gradients in fp16, one in float32: longer than
+# what activations have left in pieces, they are new memory.
+FLAT_COPIES = {"part_bytes": 6.0}
+# BF16_Optimizer adds to float32 sums after a backward: its bf16 gradients are whole until then.
+BOTH_GRADIENTS = {"part_bytes": 0.0, "held_bytes": 2.0}
 # AdamW written operator by operator: decay 8 bytes a parameter, first moment 20, second 20, root
 # and bias 24, update 16; and clipping 16.
 EAGER_ADAMW = {"optimizer_bytes": 104.0}
@@ -78,7 +94,7 @@ MEGATRON = Profile(
     dropout=0.1,
     explicit=True,
     short_gradients=True,
-    constants=NO_OVERLAP | SOFTMAX | SCATTERED | ADDED,
+    constants=NO_OVERLAP | SOFTMAX | SCATTERED | ADDED | IN_PLACE,
     cut="equal",
     selective="[attention_mixed]",
     why=(
@@ -96,11 +112,18 @@ MEGATRON = Profile(
 MEGATRON_3 = replace(
     MEGATRON,
     name="Megatron 3",
-    constants=NO_OVERLAP | SOFTMAX | SCATTERED | IN_PRODUCT | {"fused_norm": 1.0},
+    constants=NO_OVERLAP
+    | SOFTMAX
+    | SCATTERED
+    | IN_PLACE
+    | IN_PRODUCT
+    | REGATHERS
+    | {"fused_norm": 1.0},
     why=(
         *MEGATRON.why,
         "since 2022 a norm is one persistent kernel, and products of weight gradients add to the "
         "sum by themselves",
+        "sequence ranks keep their part of what a product gathers, and gather again",
     ),
 )
 
@@ -127,7 +150,8 @@ PROFILES = {
         bias=True,
         explicit=True,
         short_gradients=True,
-        constants=NO_OVERLAP | SOFTMAX | ADDED | BUCKETS,
+        constants=NO_OVERLAP | SOFTMAX | ADDED | IN_PLACE | BUCKETS | FLAT_COPIES,
+        wide=BOTH_GRADIENTS,
         cut="embeddings count",
         why=(
             "stages have as many blocks each, the last what is left; in its bf16 runs embeddings "
@@ -136,7 +160,8 @@ PROFILES = {
             "gradients are summed in fp16, or in float32 by its optimizer for bf16",
             "no dropout, as in the launch scripts of the run",
             "ZeRO 1 of DeepSpeed with a pipeline reduces after the last backward, in the open",
-            "its two buckets of 500 million elements stay in memory",
+            "its two buckets of 500 million elements stay in memory; its step copies its part of "
+            "the gradients, and its optimizer for bf16 keeps them in bf16 beside the sums",
         ),
     ),
     "llm-foundry": Profile(
@@ -158,11 +183,15 @@ PROFILES = {
     "SimuMax B200": Profile(
         name="Megatron 2025, overlap off",
         family="llama",
-        constants=NO_OVERLAP | FUSED | IN_PLACE | IN_PRODUCT,
+        constants=NO_OVERLAP | FUSED | GATE | LATENT | IN_PLACE | IN_PRODUCT | SPARE | REGATHERS,
         cut="equal",
         why=(
-            "attention and norms of Transformer Engine, a fused loss",
-            "gradients in float32, summed where they are reduced",
+            "attention and norms of Transformer Engine, one kernel for a gate, a loss whose "
+            "gradient overwrites the logits",
+            "gradients in float32, summed where they are reduced; a spare one of each shape of "
+            "weight",
+            "sequence ranks keep their part of what a product gathers, and gather again",
+            "weights of experts join their activation: their results are not kept",
             "all overlap is off: the source says so",
         ),
     ),
@@ -190,4 +219,7 @@ PROFILES = {
 
 
 def profile_of(row: Row) -> Profile:
-    return PROFILES[row.family]
+    found = PROFILES[row.family]
+    if row.sums_wide and found.wide:
+        return replace(found, constants={**found.constants, **found.wide})
+    return found

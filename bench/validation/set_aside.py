@@ -25,6 +25,18 @@ CONTRADICTED = {
 }
 
 
+OUT_OF_MEMORY = (
+    "bigscience-L793-181B-dp48tp8pp1mbs1gbs2016",
+    "bigscience-L917-184B-dp16tp4pp6mbs2gbs2048-h64",
+    "bigscience-L957-206B-dp8tp4pp12mbs2gbs2048-h128",
+)
+"""Runs that the source says did not fit."""
+OUT_OF_MEMORY_DOUBTED = {
+    "bigscience-L957-206B-dp8tp4pp12mbs2gbs2048-h128": "the source's own run of 203 billion "
+    "parameters by the same plan shows 67 GB of 80",
+}
+
+
 def reason(row: Row) -> str | None:
     """Why the statistics leave a row out, if they do."""
     whole = row.ranks("shard") in (1, row.ranks("data"))

@@ -90,7 +90,7 @@ def _precision(row: Row, profile: Profile) -> str:
     if word == "fp8":
         raise Missing("precision `fp8`")
     # of BigScience's runs those in bf16 summed gradients in float32
-    short = profile.short_gradients and "fp32 gradient" not in row.precision
+    short = profile.short_gradients and not row.sums_wide
     return f"{word}(reduce={word})" if short else word
 
 
@@ -121,7 +121,7 @@ def pins(row: Row, profile: Profile) -> list[str]:
 def stages(row: Row, cut: str) -> list[int]:
     """Blocks in each stage, as the software of the run divides them."""
     count, layers = row.ranks("pipeline") * row.ranks("interleave"), row.size("layers")
-    if cut == "embeddings count" and "fp32 gradient" in row.precision:
+    if cut == "embeddings count" and row.sums_wide:
         each = (layers + 2) // count
         return [each - 1, *[each] * (count - 2), each - 1]
     each = -(-layers // count)

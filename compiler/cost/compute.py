@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -12,6 +12,7 @@ from torch import fx
 from llmspec.compiler.cost.hardware import Machine
 from llmspec.compiler.graph import without_gradient
 from llmspec.compiler.ops.registry import (
+    REGISTRY,
     Choice,
     Entry,
     Kernel,
@@ -142,15 +143,33 @@ def kernels_s(kernels: Iterable[Kernel], machine: Machine, width: int) -> tuple[
     return total, launches
 
 
+def kept_by(entry: Entry, machine: Machine) -> Callable[[fx.Node, Shapes], Saved]:
+    if entry.lean is not None and entry.lean[0] in machine.fused:
+        return entry.lean[1]
+    return entry.saved
+
+
+def _overwritten(node: fx.Node, machine: Machine) -> bool:
+    """Its gradient comes where its result was."""
+    if not machine.fused or len(node.users) != 1:
+        return False
+    reader = next(iter(node.users))
+    entry = REGISTRY.get(reader.target) if reader.op == "call_function" else None  # type: ignore[arg-type]
+    return entry is not None and entry.overwrites in machine.fused
+
+
 def operator_cost(node: fx.Node, shapes: Shapes, machine: Machine, width: int) -> OperatorCost:
     """`width`: bytes of an element in the compute type."""
     entry = entry_of(node)
     flops = entry.flops(node, shapes)
-    kept = entry.saved(node, shapes)
+    kept = kept_by(entry, machine)(node, shapes)
     saved = in_bytes(kept, width)
     read, result, gradients = _bytes(entry, node, shapes, width)
-    working = result + (0 if entry.makes_gradients else gradients) + kept.extra_bytes
-    working += entry.buffers(node, shapes, width) if entry.buffers is not None else 0
+    in_place = entry.overwrites in machine.fused
+    working = 0 if _overwritten(node, machine) else result
+    working += (0 if entry.makes_gradients or in_place else gradients) + kept.extra_bytes
+    if entry.buffers is not None and not in_place:
+        working += entry.buffers(node, shapes, width)
     if entry.alias:
         return OperatorCost(
             forward_s=0.0,

@@ -87,6 +87,10 @@ GRADIENT_BYTES = "gradient_bytes"
 """A constant: bytes a parameter that each micro-batch moves to add up gradients, by software that
 stores weights in the type that it multiplies."""
 
+HELD_BYTES, PART_BYTES = "held_bytes", "part_bytes"
+"""Constants: bytes that software holds besides, of each parameter of a rank's stages, and of each
+that the rank updates."""
+
 CPU_LINK_BYTES_PER_S = 1e9
 """Gloo over shared memory: 0.9 GB/s of bus bandwidth between two processes."""
 
@@ -101,10 +105,16 @@ class Machine:
         a gather of parameters.
     fused: operators that are one kernel each. optimizer_bytes: moved a parameter, when not by one
         kernel. gradient_bytes: moved a parameter by each micro-batch, when not as we do.
+        Given, weights stand in the compute type beside what is stored, whatever ZeRO's level, and
+        sums of gradients are whole all the time.
     operators: what calibration found, by an operator's name: launches and share of the rate
         predicted here, forward, and the same backward. UPDATE is the optimizer's.
     collectives: (kind, rounds of latency, share of the link's rate), inside a node.
     kernels: what tuning found of kernels in the compute type.
+    held_bytes, part_bytes: held besides, of each parameter here and of each that is updated here.
+    regathers: an input that tensor ranks gather for a product is kept as it was, and gathered
+        again in the backward. spare_gradients: a gradient of each shape of weight is kept for all
+        products to return, their sums being elsewhere.
     early_stop: a block that runs again stops at the last value that its backward keeps.
     whole_logits: they are a value of their own.
     peak_flops: the nominal one that utilisation is a share of.
@@ -137,11 +147,19 @@ class Machine:
     fused: frozenset[str] = frozenset()
     optimizer_bytes: float | None = None
     gradient_bytes: float | None = None
+    held_bytes: float = 0.0
+    part_bytes: float = 0.0
+    regathers: bool = False
+    spare_gradients: bool = False
     early_stop: bool = True
     whole_logits: bool = False
     operators: Mapping[str, tuple[float, ...]] = field(default_factory=dict, hash=False)
     collectives: tuple[tuple[str, float, float], ...] = ()
     kernels: Measured = NOTHING
+
+    @property
+    def short_weights(self) -> bool:
+        return self.gradient_bytes is not None
 
     def forward_s(self, name: str, bare_s: float, launches: float = 1.0) -> float:
         """Of an operator that takes `bare_s` at this device's rates."""
@@ -199,6 +217,10 @@ def machine_of(cluster: Cluster, types: Types) -> Machine:
         ),
         optimizer_bytes=known.get(OPTIMIZER_BYTES),
         gradient_bytes=known.get(GRADIENT_BYTES),
+        held_bytes=known.get(HELD_BYTES, 0.0),
+        part_bytes=known.get(PART_BYTES, 0.0),
+        regathers=known.get("regathers", 0.0) > 0,
+        spare_gradients=known.get("spare_gradients", 0.0) > 0,
         early_stop=known.get("early_stop", 1.0) > 0,
         whole_logits=known.get("whole_logits", 0.0) > 0,
         operators=_operators(cluster),

@@ -42,6 +42,7 @@ class Residence:
     sends_on: the stage's output goes to another rank, and is kept for its backward.
     receives: its input comes from one. message_bytes: of values of others that wait to be used.
     split: backwards are in two parts; gradients of the first are whole until the second.
+    whole_sums: ZeRO 1 keeps whole sums of gradients even of a single micro-batch.
     """
 
     zero: int
@@ -54,6 +55,7 @@ class Residence:
     expert_shards: int = 1
     receives: bool = False
     message_bytes: int = 0
+    whole_sums: bool = False
 
     @property
     def parts(self) -> Parts:
@@ -73,12 +75,13 @@ class Residence:
     @property
     def sums_each_time(self) -> bool:
         """Gradients come in the compute type, and leave as each unit's are summed."""
-        return self.zero > 1 or (self.zero == 1 and self.microbatches == 1)
+        single = self.microbatches == 1 and not self.whole_sums
+        return self.zero > 1 or (self.zero == 1 and single)
 
     @property
     def gathers_experts(self) -> bool:
         """Experts that one rank alone has stay as they are whatever the level."""
-        return self.zero > 0 and self.expert_shards > 1
+        return self.zero > 0 and (self.expert_shards > 1 or self.whole_sums)
 
 
 def cast_bytes(home: Residence, types: Types) -> tuple[int, int]:
@@ -92,9 +95,12 @@ def ledger(stage: Stage, home: Residence, types: Types, machine: Machine) -> Led
     elements = home.parts.largest(stage.elements, stage.expert_elements)
     in_place = "gradients" in machine.fused
     peak = fullest(stage, home, types, backwards(stage, home, types, in_place))
+    held = round(machine.held_bytes * stage.elements + machine.part_bytes * elements)
+    if machine.spare_gradients:
+        held += types.compute * stage.spare_elements
     return Ledger(
         parameters=types.weights * elements,
-        gradients=peak.gradients + peak.beside.gradients,
+        gradients=peak.gradients + peak.beside.gradients + held,
         optimizer=types.moments * elements,
         activations=peak.activations,
         buffers=gathered_bytes(stage, home, types) + home.message_bytes + peak.buffers,
@@ -118,7 +124,7 @@ def _gradient_bytes(stage: Stage, home: Residence, types: Types) -> int:
     if home.zero == 0:
         return types.gradients * stage.elements
     part = types.gradients * home.parts.largest(stage.elements, stage.expert_elements)
-    if home.zero > 1 or home.microbatches == 1:
+    if home.sums_each_time:
         return part + (types.reduced * stage.early_elements if home.split else 0)
     experts = 0 if home.gathers_experts else stage.expert_elements
     return types.reduced * (stage.elements - experts) + types.gradients * experts

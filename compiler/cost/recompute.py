@@ -293,6 +293,15 @@ def _is_view(node: fx.Node) -> bool:
     return entry_of(node).alias
 
 
+def _before_gather(node: fx.Node, machine: Machine) -> fx.Node:
+    """What is kept of an operand: where a gather is repeated, what it gathers."""
+    if not (machine.regathers and collective.is_collective(node)):
+        return node
+    move: collective.Move = node.meta["move"]
+    repeats = move.conversion.forward is Collective.ALL_GATHER
+    return tensor_operands(node)[0] if repeats else node
+
+
 def _picked(
     node: fx.Node,
     roots: dict[fx.Node, str | None],
@@ -336,7 +345,7 @@ def _step(
         )
     shapes = shapes_of(node)
     cost = operator_cost(node, shapes, machine, width)
-    kept = [roots[operands[i]] for i in cost.saved.operands]
+    kept = [roots[_before_gather(operands[i], machine)] for i in cost.saved.operands]
     kept += [node.name] if cost.saved.result else []
     sent: dict[str, float] = {}
     found: list[tuple[str, str, int, int]] = []

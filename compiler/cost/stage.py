@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 from llmspec.compiler.cost.recompute import Again
 from llmspec.compiler.cost.unit import UnitCost
@@ -208,6 +209,12 @@ class Stage:
     @cached_property
     def largest_elements(self) -> int:
         return max((r.cost.largest_elements for r in self.runs), default=0)
+
+    @cached_property
+    def spare_elements(self) -> int:
+        """Of one weight of each shape that products multiply with."""
+        shapes = {shape for r in self.runs if r.block for shape in r.cost.product_shapes}
+        return sum(prod(shape) for shape in shapes)
 
     @cached_property
     def output_bytes(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -12,6 +12,7 @@ from llmspec.compiler.cost.compute import OperatorCost, is_integer, local_shapes
 from llmspec.compiler.cost.hardware import WEIGHT, Machine
 from llmspec.compiler.cost.late import NOTHING_LATE, Late, late_of
 from llmspec.compiler.cost.network import Group, collective_s, exposed_s
+from llmspec.compiler.cost.software import gathered, in_gate, product_shapes
 from llmspec.compiler.graph import Unit
 from llmspec.compiler.ops.registry import (
     Choice,
@@ -188,6 +189,8 @@ class UnitCost:
     expert_cast_elements: int = 0
     largest_elements: int = 0
     tied_elements: int = 0
+    product_shapes: frozenset[tuple[int, int]] = frozenset()
+    """Of weights that products multiply with (cost/software.py)."""
     late: Late = NOTHING_LATE
     """What a split backward leaves for later."""
     sends: tuple[tuple[str, str, int, int, int], ...] = ()
@@ -214,6 +217,8 @@ class _Tally:
     width: int
     kept: set[tuple[fx.Node, State]] = field(default_factory=set)
     cast: set[str] = field(default_factory=set)
+    gathered: set[tuple[fx.Node, State]] = field(default_factory=set)
+    """Kept as they were before a gather, which the backward repeats."""
     extras: list[int] = field(default_factory=list)
     frees: dict[fx.Node, int] = field(default_factory=dict)
     """Bytes kept that an operator's backward is the last to need."""
@@ -227,8 +232,14 @@ class _Tally:
             return
         if node.op == "get_attr":
             self.cast.add(str(node.target))
+        elif in_gate(node, self.machine):
+            self.keep(tensor_operands(node)[0], self.layout.choices[node].operands[0])
         else:
             root = storage(self.layout, node, state)
+            have = self.layout.have(root[0])
+            if self.machine.regathers and gathered(have, root[1]):
+                root = storage(self.layout, root[0], have)
+                self.gathered.add((node, state))
             if root[0].op == "get_attr":
                 self.cast.add(str(root[0].target))
             elif not is_integer(root[0]):
@@ -238,6 +249,8 @@ class _Tally:
         choice = self.layout.choices[node]
         shapes = local_shapes(node, choice, self.where.ranks)
         cost = operator_cost(node, shapes, self.machine, self.width)
+        if in_gate(node, self.machine):
+            cost = replace(cost, forward_s=0.0, backward_s=0.0, working_bytes=0)
         operands = tensor_operands(node)
         before = set(self.kept)
         for i in cost.saved.operands:
@@ -274,6 +287,9 @@ class _Tally:
         for value, want in wanted:
             have = self.layout.have(value)
             made = move(value, have, want, self.where, self.machine, self.width)
+            if made is not None and (value, want) in self.gathered:
+                made = replace(made, backward_s=made.backward_s + made.forward_s)
+                self.sends["tensor", str(made.forward), made.size_bytes, False] += 1
             if made is None or (value.op == "get_attr" and have != want):
                 raise ValueError(f"{self.unit.name}.{value.name} cannot go from {have} to {want}")
             self.sends["tensor", str(made.forward), made.size_bytes, True] += 1
@@ -383,6 +399,9 @@ def unit_cost(
     away = [size for size in kept if size and size >= into // SMALLEST_SHARE]
     shared = len(elements) if where.ranks > 1 else 0
     around = [shared * machine.besides_s(WEIGHT, 0.0, forward=f) for f in (True, False)]
+    shapes: frozenset[tuple[int, int]] = frozenset()
+    if machine.spare_gradients:
+        shapes = product_shapes(unit.calls(), layout.parameters, where.ranks)
     return UnitCost(
         forward_s=sum(c.forward_s for c in costs) + around[0],
         backward_s=sum(c.backward_s for c in costs) + around[1],
@@ -413,6 +432,7 @@ def unit_cost(
         expert_cast_elements=_of_experts(unit, cast),
         largest_elements=max(elements.values(), default=0),
         tied_elements=sum(elements.values()) - sum(own.values()),
+        product_shapes=shapes,
         late=tally.late(costs, elements),
         sends=_by_size(tally.sends),
     )

@@ -125,6 +125,14 @@ def kernel_saved(shapes: Shapes) -> Saved:
     return Saved(operands=(2,), result=True, extra_elements=filled, extra_bytes=4 * b * t * h)
 
 
+def any_heads_saved(node: fx.Node, shapes: Shapes) -> Saved:
+    """Of a kernel that takes values of another size than keys."""
+    b, t, h, _ = shapes.operands[0]
+    if node.args[5] or shapes.operands[0][-1] == shapes.operands[2][-1]:
+        return _attention_saved(node, shapes)
+    return Saved(operands=(0, 1, 2), result=True, extra_bytes=4 * b * t * h)
+
+
 def _attention_saved(node: fx.Node, shapes: Shapes) -> Saved:
     b, t, h, _ = shapes.operands[0]
     if not node.args[5]:
@@ -215,6 +223,7 @@ register(
         rule=_attention_rule,
         flops=_attention_flops,
         saved=_attention_saved,
+        lean=("heads", any_heads_saved),
         render=_render_attention,
         contraction=True,
         # a kernel makes five products for the forward's two, the scores again among them (Dao 2023,

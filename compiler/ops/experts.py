@@ -164,5 +164,7 @@ _register(
     _combine_rule,
     # the rows by token, which are as many as the rows by expert, and the weights as they multiply
     saved=lambda node, shapes: Saved(operands=(0, 1)),
+    # weights inside the experts' activation instead
+    lean=("combine", lambda node, shapes: Saved(operands=(1,))),
     flops=_weighted,
 )

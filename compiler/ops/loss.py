@@ -95,5 +95,6 @@ register(
         render=_render,
         buffers=_buffers,
         moved=_moved,
+        overwrites="loss",
     )
 )

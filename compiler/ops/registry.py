@@ -260,6 +260,11 @@ class Entry:
     compute type of so many bytes; None: nothing."""
     rates: tuple[float | None, float | None] = (None, None)
     """Bytes/s that were measured of it, forward and backward; None: the memory's are predicted."""
+    lean: tuple[str, Callable[[fx.Node, Shapes], Saved]] | None = None
+    """A fused kernel, and what autograd keeps where software has it."""
+    overwrites: str | None = None
+    """The fused kernel, where software has it, that needs no buffers and leaves the gradient where
+    the operand was."""
     formula: Formula | None = None
     """How it is computed inside a kernel, together with others; None: it stands alone."""
     kernels: Callable[[fx.Node, Shapes, int], tuple[Sequence[Kernel], Sequence[Kernel]]] | None = (

@@ -47,7 +47,8 @@ class Pricing:
         """Every rank, as the ledger sees it."""
         key = _held_key(shape, stages, zero, schedule)
         if key not in self.held:
-            cast = self.types.compute if self.types.mixed and zero == 0 else 0
+            casts = self.types.mixed and zero == 0 and not self.machine.short_weights
+            cast = self.types.compute if casts else 0
             ranks, count = shape.grid.pipeline, shape.microbatches
             self.held[key] = holders(schedule, stages, ranks, count, cast)
         return self.held[key]
@@ -62,7 +63,7 @@ class Pricing:
 
     def residence(self, shape: Shape, zero: int, shards: int) -> Residence:
         """But for what a rank has in flight."""
-        return Residence(
+        plain = Residence(
             zero=zero,
             data=shape.grid.data * shape.grid.context,
             shards=shards * shape.grid.context,
@@ -70,7 +71,12 @@ class Pricing:
             microbatches=shape.microbatches,
             in_flight=1,
             sends_on=False,
+            whole_sums=self.machine.short_weights,
         )
+        if zero == 0 and self.machine.short_weights:
+            # what is kept is ZeRO 1's, of one rank
+            return replace(plain, zero=1, shards=1, expert_shards=1)
+        return plain
 
     def worst_ledger(
         self,
