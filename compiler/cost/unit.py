@@ -236,9 +236,8 @@ class _Tally:
             self.keep(tensor_operands(node)[0], self.layout.choices[node].operands[0])
         else:
             root = storage(self.layout, node, state)
-            have = self.layout.have(root[0])
-            if self.machine.regathers and gathered(have, root[1]):
-                root = storage(self.layout, root[0], have)
+            if self.machine.regathers and gathered(self.layout.have(root[0]), root[1]):
+                root = storage(self.layout, root[0], self.layout.have(root[0]))
                 self.gathered.add((node, state))
             if root[0].op == "get_attr":
                 self.cast.add(str(root[0].target))
