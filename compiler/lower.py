@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from llmspec.compiler.errors import InternalError
 from llmspec.compiler.graph import Instance, ModelGraph, Unit
+from llmspec.compiler.kernels.kinds import EAGER
 from llmspec.compiler.kernels.measured import NOTHING, Measured
 from llmspec.compiler.kernels.naming import name_kernels
 from llmspec.compiler.orders import Schedule
@@ -55,9 +56,9 @@ def lower(graph: ModelGraph, plan: Plan, measured: Measured = NOTHING) -> Lowere
     }
     units = {name: shard_unit(unit, placements[name], ranks) for name, unit in graph.units.items()}
     check_recompute(units, graph.instances, plan.recompute)
-    if plan.kernels == "triton":
+    if plan.kernels != EAGER:
         units = {
-            n: fuse_unit(u, lists_of(plan.recompute.get(n, ())), measured=measured)
+            n: fuse_unit(u, lists_of(plan.recompute.get(n, ())), measured=measured, by=plan.kernels)
             for n, u in units.items()
         }
         name_kernels(units.values())

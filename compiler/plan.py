@@ -11,6 +11,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from llmspec.compiler.kernels.kinds import EAGER
+
 SCHEMA = 2
 
 
@@ -100,7 +102,7 @@ class Plan:
     recompute: dict[str, tuple[Stretch, ...]]
     context_style: str | None = None
     offload: tuple[str, ...] = ()
-    kernels: str = "eager"
+    kernels: str = EAGER
     loss_rows: int | None = None
     placements: dict[str, UnitPlacement] = field(default_factory=dict)
     actions: tuple[tuple[str, ...], ...] = ()

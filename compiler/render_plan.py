@@ -148,6 +148,7 @@ def _headline(plan: Plan) -> list[str]:
         f"  step    {seconds(predicted['step_time_s'])} predicted   {time_words(predicted)}"
     )
     lines += recompute_lines(plan)
+    lines += kernel_lines(plan)
     speed = predicted["tokens_per_s"]
     lines.append(
         f"  speed   {speed:,.0f} tokens/s predicted   {100 * predicted['mfu']:.1f} % of peak"
@@ -192,6 +193,20 @@ def recompute_lines(plan: Plan) -> list[str]:
         for words, blocks in counted.items():
             lines.append(f"  again   {words} in {blocks} of {total} `{unit}`")
     return lines
+
+
+def kernel_lines(plan: Plan) -> list[str]:
+    """What fused kernels are predicted to save of the same plan."""
+    predicted = plan.predicted["predicted"]
+    eager = predicted.get("eager")
+    if not eager:
+        return []
+    share = 1 - predicted["step_time_s"] / eager["step_time_s"]
+    kept = predicted["memory_bytes"]["activations"], eager["activations_bytes"]
+    unit, name = (GiB, "GiB") if max(kept) >= 4 * GiB else (MiB, "MiB")
+    words = f"{100 * abs(share):.1f} % {'shorter' if share >= 0 else 'longer'} a step"
+    words += f", activations {_size(kept[0], unit)} instead of {_size(kept[1], unit)} {name}"
+    return [f"  kernels {plan.kernels}: {words} predicted, against eager"]
 
 
 def ledger_words(parts: dict[str, int], unit: int) -> str:

@@ -403,16 +403,15 @@ TRAIN_KEYS_LATER = ("adapt", "base")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRow:
-    """least: of a whole number (None: the key takes words). words: those it takes. now: the values
-    that have meaning yet (empty: all).
+    """least: of a whole number (None: the key takes words). words: those it takes. closed: without
+    a line it has one value, and `auto` is what opens it.
     """
 
     name: str
     least: int | None = 1
     most: int | None = None
     words: tuple[str, ...] = ()
-    now: tuple[Option, ...] = ()
-    meaning: bool = True
+    closed: bool = False
 
 
 STAGES_ON_A_RANK: dict[str, tuple[int, int | None]] = {
@@ -460,7 +459,7 @@ PLAN = {
             name="kernels",
             least=None,
             words=("triton", "inductor", "eager"),
-            now=("triton", "eager"),
+            closed=True,
         ),
     )
 }

@@ -10,11 +10,11 @@ from llmspec.dsl.options import PLAN, PlanRow
 from llmspec.dsl.parse import parse
 from llmspec.dsl.pins import Pins
 from llmspec.dsl.program import Constraint, Option, Program, Relation, Span
-from llmspec.dsl.values import Value, Word, evaluate, no_meaning, show, whole
+from llmspec.dsl.values import Value, Word, evaluate, show, whole
 
 
 def constraints_of(section: syntax.Section) -> tuple[list[Constraint], list[Fault]]:
-    """What the lines say, each by itself. `auto` says nothing."""
+    """What the lines say, each by itself. `auto` says nothing of a key that is open."""
     found: list[Constraint] = []
     faults: list[Fault] = []
     for statement in section.body:
@@ -35,9 +35,9 @@ def constraint_of(statement: syntax.Statement) -> Constraint | None:
     if row is None:
         raise unknown_key("plan", statement.key.text, PLAN, statement.key.span)
     if isinstance(statement.value, syntax.Name) and statement.value.text == "auto":
-        return None
-    if not row.meaning:
-        raise no_meaning(f"`{row.name}`", statement.span)
+        if not row.closed:
+            return None
+        return Constraint(key=row.name, relation=Relation.IN, values=row.words, span=statement.span)
     relation = Relation(statement.relation)
     if relation in (Relation.LE, Relation.GE) and row.least is None:
         raise fault("E0402", f"`{row.name}` has no order", statement.span, "use `=` or `in [..]`")
@@ -72,9 +72,6 @@ def one_value(row: PlanRow, relation: Relation, node: syntax.Node) -> Option:
         result = whole(value, node.span, f"`{row.name}`", least=row.least or 0)
         if row.most is not None and result > row.most:
             raise fault("E0402", f"`{row.name}` goes from {row.least} to {row.most}", node.span)
-    bound_holds = relation == Relation.LE and row.now and result >= row.now[0]  # type: ignore[operator]
-    if row.now and result not in row.now and not bound_holds:
-        raise no_meaning(f"`{row.name} = {result}`", node.span)
     return result
 
 

@@ -447,7 +447,9 @@ class Relation(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraint:
-    """One line of a `plan` block that is not `auto`. For EQ, LE, GE `values` holds one value.
+    """One line of a `plan` block; `auto` is one only where a key is not open without it.
+
+    For EQ, LE, GE `values` holds one value.
 
     key: one of the plan keys of the language reference (`tensor`, `zero`, `recompute`, `stages` …).
     """

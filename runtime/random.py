@@ -131,15 +131,20 @@ def _row_places(
 
 
 def keep_scaled(
-    x: Tensor, samples: Tensor, places: Tensor, stream: int, threshold: int, raised: float
+    x: Tensor, samples: Tensor, places: Tensor, stream: int | Tensor, threshold: int, raised: float
 ) -> Tensor:
     """[B, …] in x's wide type: 0 where a Mask drops, `raised` elsewhere."""
     columns = torch.arange(x.shape[-1], device=places.device)
     index = (places[:, None] + columns).view(x.shape[1:])
+    streams = bits(stream, samples)
+    kind = torch.promote_types(x.dtype, torch.float32)
+    if torch.compiler.is_compiling():  # whose kernel has no work space
+        streams = streams.view(-1, *[1] * index.dim())
+        return (bits(streams, index.expand(x.shape)) >= threshold).to(kind) * raised
     keep = torch.empty(x.shape, dtype=torch.bool, device=samples.device)
-    for row, sample_stream in zip(keep, bits(stream, samples), strict=True):
+    for row, sample_stream in zip(keep, streams, strict=True):
         torch.ge(bits(sample_stream, index), threshold, out=row)
-    return keep.to(torch.promote_types(x.dtype, torch.float32)).mul_(raised)
+    return keep.to(kind).mul_(raised)
 
 
 def round_to_bfloat16(x: Tensor, random_bits: Tensor) -> Tensor:

@@ -310,7 +310,7 @@ def flags() -> Iterator[str]:
 def rows_of(kind: str, table: object) -> Iterator[str]:
     rows = table.values() if isinstance(table, dict) else table
     for row in rows:  # type: ignore[attr-defined]
-        later = "" if row.meaning else "  (later)"
+        later = "" if getattr(row, "meaning", True) else "  (later)"  # plan keys all have one
         inner = [o.name for o in getattr(row, "options", ()) if not getattr(o, "derived", False)]
         shown = f"({', '.join(inner)})" if inner else ""
         yield f"{kind} {row.name}{shown}{later}"

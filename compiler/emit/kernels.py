@@ -7,27 +7,40 @@ from llmspec.compiler.emit.header import Header
 from llmspec.compiler.kernels.checks import print_checks
 from llmspec.compiler.kernels.group import Group
 from llmspec.compiler.kernels.kernel import Kernel
+from llmspec.compiler.kernels.kinds import INDUCTOR, TRITON
 from llmspec.compiler.kernels.module import print_kernels
 from llmspec.compiler.lower import Lowered
 from llmspec.compiler.precision import BYTES, Precision
 from llmspec.compiler.text import quoted
 from llmspec.dsl.tuned import TunedKernel
 
-ABOUT = (
-    "",
-    "Operators that one kernel computes together. Each is here twice: in plain PyTorch, which CPUs",
-    "run and test_kernels.py compares with, and in Triton, which GPUs run. Backwards are derived",
-    "from the operators' derivatives. Numbers are float32 inside, or wider. Rows are all",
-    "dimensions but the last one: columns.",
-)
 BY_RULE = "Tiles are by rule (runtime/fused.py); `llmspec tune` measures others."
 MEASURED = "Tiles are those of `kernels {name}` where they were measured, else by rule."
+ABOUT = {
+    TRITON: (
+        "",
+        "Operators that one kernel computes together. Each is here twice: in plain PyTorch, which",
+        "CPUs run and test_kernels.py compares with, and in Triton, which GPUs run. Backwards are",
+        "derived from the operators' derivatives. Numbers are float32 inside, or wider. Rows are",
+        "all dimensions but the last one: columns.",
+    ),
+    INDUCTOR: (
+        "",
+        "Operators that one kernel computes together: functions that torch.compile compiles at",
+        "their first call, each as one graph. Backwards are derived from the operators'",
+        "derivatives. Numbers are float32 inside, or wider. Rows are all dimensions but the last",
+        "one: columns.",
+    ),
+}
 
-
-CHECKS = (
-    "",
-    "Each Triton kernel against its plain function. Where there is a GPU: python test_kernels.py",
-)
+CHECKS = {
+    TRITON: (
+        "",
+        "Each Triton kernel against its plain function. Where there is a GPU: "
+        "python test_kernels.py",
+    ),
+    INDUCTOR: ("", "Each compiled function against itself as it stands: python test_kernels.py"),
+}
 
 
 def kernel_files(
@@ -37,17 +50,22 @@ def kernel_files(
     found = kernels_of(lowered)
     if not found:
         return {}
-    head = Header(lowered.plan, quoted(lowered.plan.spec)).lines()[:2]
-    known = bool(lowered.measured.kernels)
-    says = MEASURED.format(name=lowered.measured.name) if known else BY_RULE
+    by = lowered.plan.kernels
+    top = Header(lowered.plan, quoted(lowered.plan.spec)).lines()[:2]
+    head, tiles = [*top, *ABOUT[by]], None
+    if by == TRITON:
+        known = bool(lowered.measured.kernels)
+        head.append(MEASURED.format(name=lowered.measured.name) if known else BY_RULE)
+        tiles = tiles_of(lowered) if known else None
     text = print_kernels(
         found,
-        header=[*head, *ABOUT, says],
+        header=head,
         width=BYTES[precision.compute],
         bytes_per_s=bytes_per_s,
-        tiles=tiles_of(lowered) if known else None,
+        tiles=tiles,
+        by=by,
     )
-    checks = print_checks(found, header=[*head, *CHECKS])
+    checks = print_checks(found, header=[*top, *CHECKS[by]], by=by)
     return {"kernels.py": text, "test_kernels.py": checks}
 
 

@@ -1,4 +1,4 @@
-"""Print test_kernels.py: every Triton kernel against its plain function, on odd shapes."""
+"""Print test_kernels.py: every kernel against its plain function, on odd shapes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from llmspec.compiler.kernels.direction import Direction, backward_of, forward_of
 from llmspec.compiler.kernels.group import Group
+from llmspec.compiler.kernels.kinds import INDUCTOR, TRITON
 from llmspec.compiler.ops.formula import Expr
 from llmspec.compiler.ops.registry import Shape, shape_of
 from llmspec.compiler.text import Text, formatted
@@ -16,7 +17,8 @@ COLUMNS, HALVES = 37, 38
 """Of a row; of one whose halves turn."""
 GIVEN = {"stream": "1234567", "threshold": "-(1 << 62)", "raised": "4 / 3"}
 
-PREAMBLE = '''
+
+IN_TRITON = """
 from __future__ import annotations
 
 import os
@@ -28,7 +30,25 @@ import kernels
 
 # the interpreter runs on CPUs: TRITON_INTERPRET=1 python test_kernels.py
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+"""
+COMPILED = """
+from __future__ import annotations
 
+import torch
+from torch import Tensor
+
+import kernels
+from runtime.compiled import compiled
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""
+BEGINNING = {TRITON: IN_TRITON, INDUCTOR: COMPILED}
+OURS = {
+    TRITON: 'getattr(kernels, f"{name}_triton")',
+    INDUCTOR: 'compiled(getattr(kernels, f"{name}_plain"))',
+}
+WORDS = {TRITON: "in Triton", INDUCTOR: "compiled"}
+COMPARING = '''
 GENERATOR = torch.Generator().manual_seed(1)
 
 
@@ -41,10 +61,10 @@ def results(made: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def compare(name: str, *given: Tensor | float) -> None:
-    """float32 in Triton against float64 in plain PyTorch, relative to the largest number."""
+    """float32 @words@ against float64 in plain PyTorch, relative to the largest number."""
     there = [g.to(DEVICE) if isinstance(g, Tensor) else g for g in given]
     wide = [g.double() if isinstance(g, Tensor) and g.is_floating_point() else g for g in given]
-    ours, theirs = getattr(kernels, f"{name}_triton"), getattr(kernels, f"{name}_plain")
+    ours, theirs = @ours@, getattr(kernels, f"{name}_plain")
     pairs = zip(results(ours(*there)), results(theirs(*wide)), strict=True)
     for number, (made, wanted) in enumerate(pairs):
         assert made.shape == wanted.shape, (name, number, made.shape, wanted.shape)
@@ -61,10 +81,12 @@ if __name__ == "__main__":
 
 
 def print_checks(
-    kernels: Mapping[str, tuple[Group, Sequence[str]]], *, header: Sequence[str]
+    kernels: Mapping[str, tuple[Group, Sequence[str]]], *, header: Sequence[str], by: str = TRITON
 ) -> str:
     text = Text()
-    text.lines += ['"""' + header[0], *header[1:], '"""', *PREAMBLE.splitlines()]
+    comparing = COMPARING.replace("@words@", WORDS[by]).replace("@ours@", OURS[by])
+    text.lines += ['"""' + header[0], *header[1:], '"""']
+    text.lines += [*BEGINNING[by].splitlines(), *comparing.splitlines()]
     for group, _ in kernels.values():
         text.blank(2)
         with text.block(f"def test_{group.name}() -> None:"):

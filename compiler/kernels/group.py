@@ -329,6 +329,20 @@ class Group:
         read = sum(self._input_bytes(i, width) for i in self.inputs)
         return read + sum(self.bytes_of(e, width) for e in self.written)
 
+    def read_again_bytes(self, width: int) -> int:
+        """What the backward reads a second time where a sum over rows is a kernel of its own, as
+        inductor has it unless rows are reduced in the same pass (its mixed-order reductions, on
+        since PyTorch 2.10): the value that is summed if it is written, else what makes it."""
+        written = {id(e) for e in self.distinct_gradients}
+        whole = {id(e) for e in in_order(self.distinct_gradients) if e.op == "row_mean"}
+        total = 0
+        for e in self.distinct_gradients if not whole else ():
+            if e.op == "column_sum":
+                (summed,) = e.args
+                read = [summed] if id(summed) in written else _leaves(summed)
+                total += sum(self.bytes_of(one, width) for one in read)
+        return total
+
     @cached_property
     def written(self) -> list[Expr]:
         return [o.expr for o in self.outputs] + self.kept_inside
@@ -372,6 +386,10 @@ class Group:
         )
         ends = ",".join(number[id(e)] for e in roots)
         return "\n".join([*lines, kept, places, ends])
+
+
+def _leaves(e: Expr) -> list[Expr]:
+    return [one for one in in_order([e]) if one.op == "leaf" and one.rows]
 
 
 def _pattern(i: Input, whole: Shape) -> tuple[object, ...]:

@@ -10,6 +10,7 @@ from torch import fx
 
 from llmspec.compiler.errors import InternalError
 from llmspec.compiler.kernels.group import Group, formula_of
+from llmspec.compiler.kernels.kinds import INDUCTOR, TRITON
 from llmspec.compiler.ops.registry import (
     Entry,
     Localised,
@@ -29,8 +30,11 @@ class Kernel:
     entry: Entry
 
     @staticmethod
-    def of(group: Group, rates: tuple[float | None, float | None] = (None, None)) -> Kernel:
-        """`rates`: bytes/s that were measured of it, forward and backward."""
+    def of(
+        group: Group, by: str = TRITON, rates: tuple[float | None, float | None] = (None, None)
+    ) -> Kernel:
+        """`by`: what makes it. `rates`: bytes/s that were measured of it, forward and backward."""
+        again = (lambda width: group.read_again_bytes(width)) if by == INDUCTOR else lambda _: 0
         entry = Entry(
             name=group.name,
             rates=rates,
@@ -44,7 +48,7 @@ class Kernel:
             ),
             moved=lambda node, shapes, width, fused: (
                 float(group.forward_bytes(width)),
-                float(group.backward_bytes(width)),
+                float(group.backward_bytes(width) + again(width)),
             ),
         )
         return Kernel(group, entry)

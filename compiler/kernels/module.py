@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from llmspec.compiler.kernels.body import plain_body
 from llmspec.compiler.kernels.direction import Direction, backward_of, forward_of
 from llmspec.compiler.kernels.group import Group
+from llmspec.compiler.kernels.kinds import INDUCTOR, TRITON
 from llmspec.compiler.kernels.operators import OperatorPrinter
 from llmspec.compiler.kernels.triton import TritonPrinter
 from llmspec.compiler.text import Text, formatted, in_bytes
@@ -19,7 +20,7 @@ RULE = "# " + "-" * 98
 @dataclass
 class KernelPrinter:
     """places: where the model uses it. width: bytes of an element. bytes_per_s: of memory.
-    tiles: by columns, those that were measured; others are by rule."""
+    tiles: by columns, those that were measured; others are by rule. by: what makes it."""
 
     group: Group
     places: Sequence[str]
@@ -28,6 +29,7 @@ class KernelPrinter:
     text: Text
     imports: set[tuple[str, str]]
     tiles: Mapping[int, TunedKernel] | None = None
+    by: str = TRITON
 
     def print(self) -> None:
         forward, backward = forward_of(self.group), backward_of(self.group)
@@ -37,10 +39,12 @@ class KernelPrinter:
         for one, tiles in ((forward, forward_tiles), (backward, backward_tiles)):
             if one is not None:
                 self._plain(one)
-                triton = TritonPrinter(one, self.text, self.imports, tiles)
-                triton.print()
-                triton.print_launcher()
-        OperatorPrinter(self.group, forward, backward, self.text, self.imports).print()
+                if self.by == TRITON:
+                    triton = TritonPrinter(one, self.text, self.imports, tiles)
+                    triton.print()
+                    triton.print_launcher()
+        given = (self.group, forward, backward, self.text, self.imports)
+        OperatorPrinter(*given, by=self.by).print()
 
     def _header(self, has_backward: bool) -> None:
         t, group = self.text, self.group
@@ -52,7 +56,11 @@ class KernelPrinter:
         t.line(f"#   {reads} -> {writes}")
         t.line(f"#   forward moves {self._moves(group.forward_bytes(self.width))}")
         if has_backward:
-            t.line(f"#   backward moves {self._moves(group.backward_bytes(self.width))}")
+            again = group.read_again_bytes(self.width) if self.by == INDUCTOR else 0
+            moved = self._moves(group.backward_bytes(self.width) + again)
+            t.line(f"#   backward moves {moved}")
+            if again:
+                t.line(f"#     of these {in_bytes(again)} again, for sums over rows")
         kept = [i.name for i in group.kept_inputs]
         kept += [o.name for o in group.kept_outputs] + [e.label for e in group.kept_inside]
         t.line(f"#   kept for the backward: {', '.join(kept) or 'nothing'}")
@@ -121,13 +129,14 @@ def print_kernels(
     width: int,
     bytes_per_s: float | None,
     tiles: Mapping[str, Mapping[int, TunedKernel]] | None = None,
+    by: str = TRITON,
 ) -> str:
     """kernels: by name, the group and the places where it is used. tiles: by name and columns, what
     was measured; None: on no cluster."""
     body, imports = Text(), set[tuple[str, str]]()
     for name, (group, places) in kernels.items():
         own = None if tiles is None else tiles.get(name, {})
-        KernelPrinter(group, places, width, bytes_per_s, body, imports, own).print()
+        KernelPrinter(group, places, width, bytes_per_s, body, imports, own, by).print()
     head = Text()
     head.line('"""' + header[0])
     head.lines += [*header[1:], '"""', "", "from __future__ import annotations", ""]

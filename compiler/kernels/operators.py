@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from llmspec.compiler.kernels.body import triton_body
 from llmspec.compiler.kernels.direction import SCALARS, Direction, tuple_type
 from llmspec.compiler.kernels.group import Group
+from llmspec.compiler.kernels.kinds import TRITON
 from llmspec.compiler.ops.registry import shape_of
 from llmspec.compiler.text import Text
 
@@ -18,6 +19,7 @@ class OperatorPrinter:
     backward: Direction | None
     text: Text
     imports: set[tuple[str, str]]
+    by: str = TRITON
 
     def __post_init__(self) -> None:
         kept = [e for _, e in self.backward.reads] if self.backward is not None else []
@@ -41,18 +43,22 @@ class OperatorPrinter:
 
     def print(self) -> None:
         name = self.group.name
-        self.imports.add(("runtime.fused", "operator"))
+        module = "runtime.fused" if self.by == TRITON else "runtime.compiled"
+        self.imports.add((module, "operator"))
         if self.backward is not None:
             back = self.backward.name
-            self.text.line(f'{back} = operator("{back}", {back}_plain, {back}_triton)')
+            self.text.line(f'{back} = operator("{back}", {self._functions(back)})')
             self.text.blank(2)
         self._keep()
         self._gradients()
-        functions = f"{name}_plain, {name}_triton, _{name}_gradients, _keep_{name}"
+        functions = f"{self._functions(name)}, _{name}_gradients, _keep_{name}"
         self.text.line(f'{self.own_name} = operator("{name}", {functions})')
         self.text.blank(2)
         if self.own_name != name:
             self._face()
+
+    def _functions(self, name: str) -> str:
+        return f"{name}_plain, {name}_triton" if self.by == TRITON else f"{name}_plain"
 
     def _keep(self) -> None:
         t, summed = self.text, self._summed()

@@ -22,6 +22,7 @@ from torch import fx
 from llmspec.compiler.graph import Unit, has_rows
 from llmspec.compiler.kernels.group import Group, formula_of, place_of, root
 from llmspec.compiler.kernels.kernel import Kernel, pick
+from llmspec.compiler.kernels.kinds import TRITON
 from llmspec.compiler.kernels.measured import NOTHING, Measured
 from llmspec.compiler.kernels.tiles import fits
 from llmspec.compiler.ops import collective, elementwise, linear
@@ -284,24 +285,27 @@ def fuse_unit(
     *,
     one_result: bool = False,
     measured: Measured = NOTHING,
+    by: str = TRITON,
 ) -> Unit:
     """`unit`: lowered. `again`: of each of its uses, what it computes again in its backward; lists
-    of names alone matter. one_result: of every kernel, so that each may be computed again.
-    measured: groups that were slower as one kernel than as PyTorch's operators stay apart."""
+    of names alone matter. one_result: of every kernel, so that each may be computed again. by: what
+    makes the kernels. measured: of Triton's; groups that were slower as one kernel than as
+    PyTorch's operators stay apart."""
+    measured = measured if by == TRITON else NOTHING
     groups = [g for g in _Fuser(unit, again, one_result).run() if not measured.apart(g)]
     if not groups:
         return unit
-    return _rewrite(unit, groups, measured)
+    return _rewrite(unit, groups, measured, by)
 
 
-def _rewrite(unit: Unit, groups: list[Group], measured: Measured) -> Unit:
+def _rewrite(unit: Unit, groups: list[Group], measured: Measured, by: str) -> Unit:
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
     of = {n: g for g in groups for n in g.members}
     waiting = list(_in_order(unit, of))
     for item in waiting:
         if isinstance(item, Group):
-            _add_kernel(graph, Kernel.of(item, measured.rates(item)), new)
+            _add_kernel(graph, Kernel.of(item, by, measured.rates(item)), new)
         elif item.op == "output":
             graph.output(new[unit.result()])
         else:

@@ -8,6 +8,7 @@ from llmspec.compiler.cost.memory import Ledger
 from llmspec.compiler.cost.offload import NO_HOST, HostLedger, Offload
 from llmspec.compiler.cost.recompute import Operators
 from llmspec.compiler.cost.step import Times
+from llmspec.compiler.kernels.kinds import KERNELS
 from llmspec.compiler.plan import MeshSizes
 from llmspec.compiler.schedules import Schedule
 from llmspec.compiler.search.meshes import Grid
@@ -135,5 +136,6 @@ class Candidate:
             shape.option.sequence,
             shape.option.view.style or "",
             shape.option.leaning != "time",
+            KERNELS.index(shape.option.kernels),
             shape.cut,
         )

@@ -16,6 +16,7 @@ from llmspec.compiler.cost.stage import Run, Stage
 from llmspec.compiler.cost.types import Types
 from llmspec.compiler.cost.unit import UnitCost, resolve, unit_cost
 from llmspec.compiler.graph import Instance, ModelGraph, Unit
+from llmspec.compiler.kernels.kinds import EAGER
 from llmspec.compiler.search.meshes import divisors
 from llmspec.compiler.search.options import Solved, TensorOption, seen_as, tensor_options
 from llmspec.compiler.search.policies import Chosen, Policies
@@ -34,10 +35,10 @@ class Chain:
     build: Build
     machine: Machine
     types: Types
-    kernels: str = "eager"
     graphs: dict[tuple[int, View], ModelGraph] = field(default_factory=dict)
     operators: dict[int, Operators] = field(default_factory=dict)
     options: dict[tuple[object, ...], list[TensorOption]] = field(default_factory=dict)
+    run_by: dict[tuple[int, str], TensorOption] = field(default_factory=dict)
     solved: Solved = field(default_factory=dict)
     unit_costs: dict[tuple[int, int], dict[str, UnitCost]] = field(default_factory=dict)
     stages: dict[tuple[object, ...], Stage] = field(default_factory=dict)
@@ -80,7 +81,7 @@ class Chain:
 
     @cached_property
     def policies(self) -> Policies:
-        return Policies(self.graph, self.sample, self.machine, self.types, self.kernels)
+        return Policies(self.graph, self.sample, self.machine, self.types)
 
     def sample(self, microbatch: int) -> int:
         """The micro-batch at which placements and what to compute again are found: one sequence
@@ -104,6 +105,15 @@ class Chain:
         if key not in self.options:
             self.options[key] = self._placed(ranks, size, view, sequences)
         return self.options[key]
+
+    def with_kernels(self, option: TensorOption, kernels: str) -> TensorOption:
+        """The same placements, the operators run by something else."""
+        if option.kernels == kernels:
+            return option
+        key = (id(option), kernels)
+        if key not in self.run_by:
+            self.run_by[key] = replace(option, kernels=kernels)
+        return self.run_by[key]
 
     def _placed(
         self, ranks: int, size: int, view: View, sequences: Sequence[bool]
@@ -149,7 +159,7 @@ class Chain:
         layout = resolve(unit, option.placements[unit.name], option.ranks)
         width, machine = self.types.compute, self.machine
         cost = unit_cost(unit, layout, option.where, machine, width, option.inner)
-        if self.kernels == "eager":
+        if option.kernels == EAGER:
             return cost
         at = (option, microbatch, unit.name)
         return with_kernels(cost, self.policies.apart(*at), self.policies.fused(*at))

@@ -27,7 +27,7 @@ WORDS = {
     "offload": "offload",
 }
 
-SEEN = ("context", "context_style", "expert", "gpus")
+SEEN = ("context", "context_style", "expert", "gpus", "kernels")
 """Families that are spoken of when the search has met them, and that it does not look for."""
 
 PATIENCE = 24
@@ -60,6 +60,7 @@ def shape_families(shape: Shape | Outline) -> tuple[Family, ...]:
         ("expert", str(shape.grid.expert)),
         ("microbatch", str(shape.microbatch)),
         ("recompute", str(shape.recompute)),
+        ("kernels", shape.option.kernels),
     ]
     if shape.grid.tensor > 1:
         names.append(("sequence", "on" if shape.option.sequence else "off"))

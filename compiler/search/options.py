@@ -12,6 +12,7 @@ from llmspec.compiler.cost.network import Group, group, inner_groups
 from llmspec.compiler.cost.types import Types
 from llmspec.compiler.cost.unit import Layout
 from llmspec.compiler.graph import ModelGraph, Unit
+from llmspec.compiler.kernels.kinds import EAGER
 from llmspec.compiler.ops.registry import choices, entry_of, numel
 from llmspec.compiler.passes.shard import whole_placement
 from llmspec.compiler.placement import SHADOW, WHOLE, Split, State, local_shape, parse_state
@@ -38,7 +39,7 @@ class TensorOption:
     """One way to place every unit on `ranks` tensor ranks. `leaning`: which prices it answers.
 
     where: the tensor ranks. inner: the axes that operators send over by themselves.
-    view: what the placed graph is a view of.
+    view: what the placed graph is a view of. kernels: what runs the operators.
     """
 
     ranks: int
@@ -48,6 +49,7 @@ class TensorOption:
     inner: Mapping[str, Group]
     view: View
     placements: dict[str, UnitPlacement]
+    kernels: str = EAGER
 
 
 def tensor_options(

@@ -9,13 +9,8 @@ from enum import StrEnum
 from llmspec.compiler.cost.offload import CHOICES as OFFLOADS
 from llmspec.compiler.cost.offload import Offload
 from llmspec.compiler.errors import Unsupported
+from llmspec.compiler.kernels.kinds import EAGER, KERNELS
 from llmspec.dsl.program import Constraint, Option, Program, Relation
-
-KERNELS = ("eager", "triton")
-"""What runs the operators, the first that the lines allow."""
-
-ONLY: dict[str, tuple[Option, ...]] = {"kernels": KERNELS}
-"""Keys that the search does not weigh, and what they may say."""
 
 SEARCHED = (
     "data",
@@ -33,6 +28,7 @@ SEARCHED = (
     "microbatch",
     "recompute",
     "offload",
+    "kernels",
 )
 
 
@@ -65,11 +61,7 @@ class Pins:
     def of(program: Program) -> Pins:
         """Errors: Unsupported for a pin that has no meaning yet."""
         for constraint in program.plan:
-            known = ONLY.get(constraint.key)
-            if known is not None and not any(constraint.allows(v) for v in known):
-                words = " or ".join(map(str, known))
-                raise Unsupported(f"`{constraint.key}` other than {words}", constraint.span)
-            if known is None and constraint.key not in SEARCHED:
+            if constraint.key not in SEARCHED:
                 raise Unsupported(f"the plan key `{constraint.key}`", constraint.span)
         return Pins(program.plan)
 
@@ -82,8 +74,11 @@ class Pins:
     def allowed(self, key: str, values: Iterable[int]) -> list[int]:
         return [v for v in values if self.allows(key, v)]
 
-    def kernels(self) -> str:
-        return next(word for word in KERNELS if self.allows("kernels", word))
+    def kernels(self) -> tuple[str, ...]:
+        """What may run the operators: PyTorch, one by one, where no line speaks of it."""
+        if not self.about("kernels"):
+            return (EAGER,)
+        return tuple(k for k in KERNELS if self.allows("kernels", k))
 
     def offloads(self) -> tuple[Offload, ...]:
         """Of all ways to use host memory those that the lines allow."""

@@ -20,6 +20,7 @@ from llmspec.compiler.cost.stage import Run, Stage
 from llmspec.compiler.cost.types import Types
 from llmspec.compiler.errors import Refused
 from llmspec.compiler.graph import ModelGraph, Unit
+from llmspec.compiler.kernels.kinds import EAGER
 from llmspec.compiler.ops import collective
 from llmspec.compiler.ops.registry import entry_of
 from llmspec.compiler.passes.fuse import fuse_unit, members_of
@@ -52,7 +53,6 @@ class Policies:
     sample: Callable[[int], int]
     machine: Machine
     types: Types
-    kernels: str = "eager"
     units: dict[tuple[int, int, str], Unit] = field(default_factory=dict)
     flows: dict[tuple[int, int, str], Flow] = field(default_factory=dict)
     kernel_flows: dict[tuple[object, ...], tuple[Flow, Computing]] = field(default_factory=dict)
@@ -94,6 +94,7 @@ class Policies:
                 self.unit(option, microbatch, name),
                 [listed] if listed else (),
                 measured=self.machine.kernels,
+                by=option.kernels,
             )
             cost = computing(unit, self.machine, self.types.compute)
             self.kernel_flows[key] = self._flow(option, unit), cost
@@ -104,7 +105,7 @@ class Policies:
     ) -> Again:
         """Of what one use of a unit computes again. Kernels fall apart where a part of them alone
         is computed again: what that costs counts as computing again."""
-        if self.kernels == "eager":
+        if option.kernels == EAGER:
             return self.flow(option, microbatch, name).again(operators)
         flow, cost = self.fused(option, microbatch, name, operators)
         if isinstance(operators, str):
@@ -141,10 +142,10 @@ class Policies:
         return self.lists[at]
 
     def _corners(self, option: TensorOption, size: int, name: str) -> tuple[tuple[str, ...], ...]:
-        if self.kernels == "eager":
+        if option.kernels == EAGER:
             return corners(self.flow(option, size, name))
-        alone = self.unit(option, size, name)
-        unit = fuse_unit(alone, one_result=True, measured=self.machine.kernels)
+        alone, known = self.unit(option, size, name), self.machine.kernels
+        unit = fuse_unit(alone, one_result=True, measured=known, by=option.kernels)
         members = members_of(unit)
         found = corners(self._flow(option, unit))
         return tuple(tuple(m for n in names for m in members[n]) for names in found)

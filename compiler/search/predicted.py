@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from llmspec.compiler.cost.stage import Stage
+from llmspec.compiler.kernels.kinds import EAGER
 from llmspec.compiler.passes.recompute import in_words, stretches
 from llmspec.compiler.plan import EVERYTHING
 from llmspec.compiler.search.candidates import Candidate
@@ -75,7 +77,7 @@ def plan_object(space: Space, found: Candidate) -> Number:
         "recompute": recompute_word(space, found),
         "recompute_by_unit": recompute_words(space, found),
         "offload": list(found.offload) or "none",
-        "kernels": space.chain.kernels,
+        "kernels": shape.option.kernels,
         "loss_rows": shape.option.view.loss_rows,
         "world_size": mesh.world_size,
         "microbatches": shape.microbatches,
@@ -132,7 +134,24 @@ def predicted_object(space: Space, found: Candidate) -> Number:
         "collectives": collectives(space, found, stages),
         "run": run_object(space, found),
         "batch": batch_of(space),
+    } | eager_object(space, found)
+
+
+def eager_object(space: Space, found: Candidate) -> Number:
+    """`eager`: the same plan with its operators run one by one; nothing where they are."""
+    if found.shape.option.kernels == EAGER:
+        return {}
+    option = space.chain.with_kernels(found.shape.option, EAGER)
+    shape, price = replace(found.shape, option=option), space.pricing
+    stages = space.repeats.stages(shape, found.recompute)
+    way = (shape, stages, found.zero, found.shards, found.schedule, found.offload)
+    ledger, _ = price.worst_ledger(*way)
+    apart = {
+        "step_time_s": rounded(price.times(*way, play=True).total),
+        "peak_memory_bytes": ledger.total,
+        "activations_bytes": ledger.parts()["activations"],
     }
+    return {"eager": apart}
 
 
 def batch_of(space: Space) -> Number:

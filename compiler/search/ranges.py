@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd
 
+from llmspec.compiler.cost.fused import worth_weighing
 from llmspec.compiler.ops.linear_loss import rows_at_once
 from llmspec.compiler.ops.registry import shape_of
 from llmspec.compiler.passes.context import possible_styles
@@ -75,6 +76,11 @@ class Ranges:
             return None
         vocabulary = shape_of(weight)[0]
         return rows_at_once(-(-vocabulary // tensor), self.chain.types.compute)
+
+    @cached_property
+    def kernels(self) -> tuple[str, ...]:
+        """What may run the operators, less what another is never slower than."""
+        return worth_weighing(self.pins.kernels(), self.chain.machine)
 
     def with_logits(self, view: View, grid: Grid, microbatch: int) -> list[View]:
         """With logits joined, and as a value of their own where that may keep less: a micro-batch

@@ -159,7 +159,7 @@ def plan_of(space: Space, winner: Candidate, considered: int, fit: int) -> Plan:
         context_style=shape.option.view.style,
         offload=winner.offload,
         loss_rows=shape.option.view.loss_rows,
-        kernels=space.chain.kernels,
+        kernels=shape.option.kernels,
         stages=shape.cut,
         recompute=stretches(space.graph(1).instances, winner.recompute),
         placements=shape.option.placements,

@@ -56,7 +56,7 @@ class Space:
         types = types_of(program.train)
         machine = machine_of(program.cluster, types)
         pins, pricing = Pins.of(program), Pricing(machine, types)
-        return _space(program, pins, Chain(build, machine, types, pins.kernels()), pricing)
+        return _space(program, pins, Chain(build, machine, types), pricing)
 
     def pinned(self, pins: Pins) -> Space:
         """The same program under other lines."""
@@ -149,7 +149,9 @@ class Space:
         return self.chain.graph(microbatch, view)
 
     def tensor_options(self, ranks: int, microbatch: int, view: View) -> list[TensorOption]:
-        return self.chain.tensor_options(ranks, microbatch, view, self.ranges.sequences)
+        placed = self.chain.tensor_options(ranks, microbatch, view, self.ranges.sequences)
+        kinds = self.ranges.kernels
+        return [self.chain.with_kernels(option, k) for option in placed for k in kinds]
 
     # -- sketches and outlines
 

@@ -80,10 +80,10 @@ def test_kernels_are_quicker_on_gpus(model: str, recompute: str) -> None:
     assert 0.8 * steps[0] < steps[1] < 0.99 * steps[0]
 
 
-def test_on_cpus_they_only_keep_less() -> None:
+def test_on_cpus_they_keep_less_and_take_longer() -> None:
     found = []
     for kernels in ("eager", "triton"):
         _, plan = planned(spec_text(MODELS["llama"], 1, f"microbatch = 4; kernels = {kernels}"))
         found.append(plan.predicted["predicted"])
-    assert found[0]["time_s"]["compute"] == found[1]["time_s"]["compute"]
+    assert found[0]["time_s"]["compute"] < found[1]["time_s"]["compute"]
     assert found[0]["memory_bytes"]["activations"] > found[1]["memory_bytes"]["activations"]

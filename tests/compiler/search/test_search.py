@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from llmspec.compiler.build.model import build_model
-from llmspec.compiler.errors import Refused, Unsupported
+from llmspec.compiler.errors import Refused
 from llmspec.compiler.lower import lower
 from llmspec.compiler.plan import EVERYTHING, from_json, to_json
 from llmspec.compiler.raising import raise_model, record
@@ -79,8 +79,6 @@ def test_pins_that_contradict_the_cluster_are_refused():
     spec = program(tiny_llama(), cluster(1, 8), batch=8, plan=(pin("tensor", 3),))
     with pytest.raises(Refused, match="no mesh of 8 devices"):
         run(spec)
-    with pytest.raises(Unsupported, match="kernels"):
-        run(program(tiny_llama(), cluster(1, 8), batch=8, plan=(pin("kernels", "inductor"),)))
 
 
 MIDDLING = llama(layers=4, width=1024, heads=8, kv_heads=4, ffn=2048, vocab=8192, context=512)

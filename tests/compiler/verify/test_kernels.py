@@ -27,14 +27,14 @@ MORE: list[Case] = [
 ]
 
 
-def check(model: str, case: Case) -> None:
+def check(model: str, case: Case, kernels: str = "triton") -> None:
     devices, batch, pins = case
-    text = spec_text(MODELS[model], devices, batch, f"{pins}; kernels = triton")
+    text = spec_text(MODELS[model], devices, batch, f"{pins}; kernels = {kernels}")
     session, plan = planned(text)
     layer = driver.lower_plan(session, plan).units["layer"]
     assert sum(isinstance(n.target, Kernel) for n in layer.calls()) >= 2
     report, small = verify_plan(session, plan, largest=4)
-    assert small.kernels == "triton"
+    assert small.kernels == kernels
     assert report.ok, [(d.what, d.error) for d in report.failures()[:8]]
 
 
@@ -42,6 +42,36 @@ def check(model: str, case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c[2])
 def test_gradients(model: str, case: Case) -> None:
     check(model, case)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are traced and not compiled: what inductor makes of them is tested once, below."""
+    monkeypatch.setenv("LLMSPEC_COMPILE_BACKEND", "aot_eager")
+
+
+@pytest.mark.parametrize("model", ["gpt", pytest.param("llama", marks=pytest.mark.long)])
+@pytest.mark.parametrize("case", CASES[1:], ids=lambda c: c[2])
+def test_gradients_traced_for_inductor(model: str, case: Case, traced: None) -> None:
+    check(model, case, "inductor")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("case", MORE, ids=lambda c: c[2])
+def test_more_gradients_traced_for_inductor(model: str, case: Case, traced: None) -> None:
+    check(model, case, "inductor")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_compiled_by_inductor(model: str) -> None:
+    """C++ that inductor writes, in float64."""
+    check(
+        model,
+        (2, 8, "tensor = 2; sequence = on; microbatch = 4; recompute = selective"),
+        "inductor",
+    )
 
 
 @pytest.mark.long

@@ -1,10 +1,10 @@
 """Emitted by llmspec from llama_kernels.llmspec. Spec fff24e7f24c9, plan 78b9b4.
 Change the spec or the plan, then: llmspec compile llama_kernels.llmspec
 
-Operators that one kernel computes together. Each is here twice: in plain PyTorch, which CPUs
-run and test_kernels.py compares with, and in Triton, which GPUs run. Backwards are derived
-from the operators' derivatives. Numbers are float32 inside, or wider. Rows are all
-dimensions but the last one: columns.
+Operators that one kernel computes together. Each is here twice: in plain PyTorch, which
+CPUs run and test_kernels.py compares with, and in Triton, which GPUs run. Backwards are
+derived from the operators' derivatives. Numbers are float32 inside, or wider. Rows are
+all dimensions but the last one: columns.
 Tiles are by rule (runtime/fused.py); `llmspec tune` measures others.
 """
 
