@@ -275,24 +275,6 @@ def test_examples_are_listed() -> None:
     assert listed == {p.name for p in EXAMPLES}
 
 
-LARGE = ("llama3_70b", "llama3_405b", "mixtral_8x7b", "deepseek_v3", "gpt_1t")
-
-
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, marks=[pytest.mark.long] * (p.stem in LARGE)) for p in EXAMPLES],
-    ids=lambda p: p.stem,
-)
-def test_examples_emit(path: Path) -> None:
-    """A plan that fits, and a program of modest length."""
-    session = driver.open_session(str(path), trust=True)
-    plan = driver.find_plan(session)
-    assert isinstance(plan, Found)
-    files = driver.emit_plan(session, plan.plan)
-    assert {"model.py", "train.py", "plan.json", "report.html", "launch.sh"} <= set(files)
-    assert sum(files[n].count("\n") for n in ("model.py", "train.py")) < 600
-
-
 def test_the_python_face(tmp_path: Path) -> None:
     spec = ROOT / "examples" / "quickstart.llmspec"
     made = llmspec.plan(spec)

@@ -29,6 +29,7 @@ model m = gpt2(layers=4, width=32, heads=4, vocab=257, context=16, dropout=0.1)
 """
 
 PATIENCE_S = 120
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def spec_text(model: str, ranks: int, pins: str = "", *, steps: int = 8, more: str = "") -> str:
@@ -92,6 +93,28 @@ def compile_text(text: str, spec: Path, folder: Path) -> Emitted:
     assert isinstance(found, Found), f"no plan fits: {found}"
     files = driver.compile_plan(session, found.plan, folder)
     return Emitted(spec=spec, folder=folder, world=found.plan.mesh.world_size, files=files)
+
+
+def ruff_says(folder: Path) -> str:
+    """What it has against an emitted directory, in lint or in format."""
+    rules = ["--select", "E,F,I,B,UP", "--target-version", "py311"]
+    alone = ["--isolated", "--line-length", "100"]
+    lint = _says(folder, "ruff", "check", *alone, *rules, ".")
+    return lint + _says(folder, "ruff", "format", "--check", *alone, ".")
+
+
+def mypy_says(folder: Path) -> str:
+    # the project's own cache knows torch already, and takes a minute to make
+    options = ["--check-untyped-defs", "--ignore-missing-imports", "--python-version", "3.11"]
+    options += ["--cache-dir", str(ROOT / ".mypy_cache")]
+    return _says(folder, "mypy", *options, "train.py")
+
+
+def _says(folder: Path, *command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True
+    )
+    return "" if done.returncode == 0 else done.stdout + done.stderr
 
 
 def without_llmspec() -> None:

@@ -70,28 +70,14 @@ def test_short(emitted: dict) -> None:
         assert max(len(line) for text in code for line in text.splitlines()) <= 100
 
 
-def tool(program: Emitted, *command: str) -> str:
-    """Nothing, or what a tool has against the program."""
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=program.folder, capture_output=True, text=True
-    )
-    return "" if done.returncode == 0 else done.stdout + done.stderr
-
-
 def test_ruff_has_nothing_to_say(emitted: dict) -> None:
     for program in emitted.values():
-        rules = ["--select", "E,F,I,B,UP", "--target-version", "py311"]
-        alone = ["--isolated", "--line-length", "100"]
-        assert not tool(program, "ruff", "check", *alone, *rules, ".")
-        assert not tool(program, "ruff", "format", "--check", *alone, ".")
+        assert not programs.ruff_says(program.folder)
 
 
 @pytest.mark.parametrize("key", [("llama", 8), ("gpt", 4)])
 def test_mypy_has_nothing_to_say(emitted: dict, key: tuple[str, int]) -> None:
-    # the project's own cache knows torch already, and takes a minute to make
-    options = ["--check-untyped-defs", "--ignore-missing-imports", "--python-version", "3.11"]
-    options += ["--cache-dir", str(ROOT / ".mypy_cache")]
-    assert not tool(emitted[key], "mypy", *options, "train.py")
+    assert not programs.mypy_says(emitted[key].folder)
 
 
 COMPILE = """
