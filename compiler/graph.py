@@ -41,25 +41,29 @@ INTEGER_INPUTS = ("tokens", "targets", "samples")
 class Init:
     """How a parameter starts: `kind` of normal (a mean, b standard deviation), uniform (from a to
     b),
-    constant (a). `zero_rows`: rows of the first dimension that start at zero.
+    constant (a). `zero_rows`: rows of the first dimension that start at zero. `additions`: b is
+    divided by the root of so many, those into one sum that the parameter has a part in.
     """
 
     kind: str
     a: float = 0.0
     b: float = 0.0
     zero_rows: tuple[int, ...] = ()
+    additions: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Buffer:
     """What makes a parameter a state that is no weight: no gradient, no optimizer, never split.
 
-    kept: part of checkpoints. integer: it counts. rate: how far each step moves it.
+    kept: part of checkpoints. integer: it counts. rate: how far each step moves it. what: it is,
+    for people.
     """
 
     kept: bool = True
     integer: bool = False
     rate: float | None = None
+    what: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

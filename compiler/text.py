@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from llmspec.compiler.errors import InternalError
+
+WIDTH = 100
 
 
 class Text:
@@ -19,7 +22,8 @@ class Text:
         self._depth = 0
 
     def line(self, text: str = "") -> None:
-        self.lines.append("    " * self._depth + text if text else "")
+        line = "    " * self._depth + text if text else ""
+        self.lines += _wrapped(line) if len(line) > WIDTH else [line]
 
     def blank(self, count: int = 1) -> None:
         self.lines += [""] * count
@@ -35,13 +39,22 @@ class Text:
         return "\n".join(self.lines) + "\n"
 
 
+def _wrapped(line: str) -> list[str]:
+    """A comment as several; anything else is the formatter's."""
+    words = line.lstrip()
+    if not words.startswith("# "):
+        return [line]
+    lead = line[: len(line) - len(words)] + "# "
+    return textwrap.wrap(words[2:], WIDTH, initial_indent=lead, subsequent_indent=lead)
+
+
 def formatted(source: str, name: str) -> str:
     """The source as ruff formats it and sorts its imports.
 
     Errors: InternalError when it is not Python.
     """
     for verb in (["check", "--select", "I,F401", "--fix", "--exit-zero"], ["format"]):
-        command = [_ruff(), *verb, "--isolated", "--quiet", "--line-length", "100"]
+        command = [_ruff(), *verb, "--isolated", "--quiet", "--line-length", str(WIDTH)]
         if verb[0] == "check":
             command += [
                 "--config",
@@ -63,6 +76,12 @@ def _ruff() -> str:
 
 def plural(count: int, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def listed(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def in_bytes(count: float) -> str:

@@ -10,11 +10,11 @@ from torch import fx
 from llmspec.compiler.build.builder import UnitBuilder
 from llmspec.compiler.build.operators import (
     OPERATORS,
-    STANDARD_DEVIATION,
+    WEIGHTS,
     Context,
     Inputs,
     Options,
-    residual_deviation,
+    residual_init,
 )
 from llmspec.compiler.graph import Buffer, Init
 from llmspec.compiler.ops import elementwise
@@ -33,6 +33,8 @@ from llmspec.compiler.ops.routing import (
 )
 from llmspec.dsl.program import Call
 
+LOADS = "picks of each expert since the last step, and dropped ones"
+BIAS = "added to the scores for choosing alone, so that loads become even"
 GATED = {"swiglu": elementwise.silu, "geglu": elementwise.gelu}
 
 
@@ -43,7 +45,7 @@ def build_moe(b: UnitBuilder, inputs: Inputs, o: Options, context: Context) -> f
     logits = _losses(b, logits, experts, o, tokens=x.meta["shape"][1])
     load = b.parameter(
         "load", (2, o["experts"]), "UX", Init("constant", 0.0), decay=False,
-        buffer=Buffer(kept=False, integer=True),
+        buffer=Buffer(kept=False, integer=True, what=LOADS),
     )  # fmt: skip
     drops = o["capacity"] is not None
     weights = b.call(
@@ -61,7 +63,7 @@ def build_moe(b: UnitBuilder, inputs: Inputs, o: Options, context: Context) -> f
 
 def _logits(b: UnitBuilder, x: fx.Node, o: Options) -> fx.Node:
     shape = (o["experts"], x.meta["shape"][-1])
-    weight = b.parameter("router", shape, "XD", Init("normal", 0.0, STANDARD_DEVIATION))
+    weight = b.parameter("router", shape, "XD", WEIGHTS)
     return b.call(router, x, weight, label="logits", dims="BTX")
 
 
@@ -74,7 +76,7 @@ def _choices(b: UnitBuilder, logits: fx.Node, o: Options) -> fx.Node:
         arguments.append(
             b.parameter(
                 "bias", (o["experts"],), "X", Init("constant", 0.0), decay=False,
-                buffer=Buffer(rate=rate),
+                buffer=Buffer(rate=rate, what=BIAS),
             )
         )  # fmt: skip
     experts = b.call(choose_experts, *arguments, label="experts", dims="BTP")
@@ -111,12 +113,12 @@ def _stack(
     o: Options,
     *,
     bias: bool,
-    deviation: float = STANDARD_DEVIATION,
+    init: Init = WEIGHTS,
     label: str | None = None,
 ) -> fx.Node:
     """rows [R, I] -> [R, width], a weight for each expert. letters: of the result and of I."""
     count, picks = o["experts"], o["top_k"]
-    init, shape = Init("normal", 0.0, deviation), (count, width, rows.meta["shape"][-1])
+    shape = (count, width, rows.meta["shape"][-1])
     weight = b.parameter(name, shape, f"X{letters}", init, picks=picks)
     dims, label = f"R{letters[0]}", label or name
     y = b.call(grouped_linear, rows, weight, counts, label=label, dims=dims)
@@ -144,9 +146,9 @@ def _experts(
         activation = elementwise.ACTIVATIONS[str(expert.option("activation"))]
         hidden = _stack(b, rows, counts, "up", ffn, "FD", o, bias=bias)
         hidden = b.call(activation, hidden, label="hidden", dims="RF")
-    deviation = residual_deviation(context)
+    init = residual_init(context)
     return _stack(
-        b, hidden, counts, "down", width, "DF", o, bias=bias, deviation=deviation, label="rows"
+        b, hidden, counts, "down", width, "DF", o, bias=bias, init=init, label="rows"
     )
 
 

@@ -6,8 +6,8 @@ options, and returns its result. Values are [B, T, width].
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import fx
@@ -39,7 +39,7 @@ class Context(NamedTuple):
 Options = dict[str, Any]
 Inputs = tuple[fx.Node, ...]
 
-STANDARD_DEVIATION = 0.02
+WEIGHTS = Init("normal", 0.0, 0.02)
 """GPT-2's and Llama's initial scale of weights (Radford et al. 2019)."""
 
 
@@ -55,7 +55,7 @@ def _linear(
     letter: str,
     *,
     bias: bool,
-    deviation: float = STANDARD_DEVIATION,
+    init: Init = WEIGHTS,
     label: str | None = None,
 ) -> fx.Node:
     """x […, I] -> […, width]; the bias is an addition of its own, so that it follows a sum over
@@ -63,7 +63,7 @@ def _linear(
     """
     lead = x.meta["dims"][:-1]
     dims = letter + x.meta["dims"][-1]
-    weight = b.parameter(name, (width, _last(x)), dims, Init("normal", 0.0, deviation))
+    weight = b.parameter(name, (width, _last(x)), dims, init)
     y = b.call(linear, x, weight, label=label or name, dims=lead + letter)
     if not bias:
         return y
@@ -71,9 +71,9 @@ def _linear(
     return b.call(elementwise.add, y, offset, label=label or name, dims=lead + letter)
 
 
-def residual_deviation(context: Context) -> float:
+def residual_init(context: Context) -> Init:
     """Scaled down by the number of additions into the residual stream (Radford et al. 2019)."""
-    return STANDARD_DEVIATION / math.sqrt(2 * max(context.depth, 1))
+    return replace(WEIGHTS, additions=2 * max(context.depth, 1))
 
 
 def build_linear(b: UnitBuilder, inputs: Inputs, o: Options, _: Context) -> fx.Node:
@@ -138,8 +138,8 @@ def build_latent_attention(b: UnitBuilder, inputs: Inputs, o: Options, context: 
         attention, q, k, v, o["causal"], None, o["explicit"], label="mixed", dims="BTHM"
     )
     joined = b.call(shape.flatten, mixed, 2, label="mixed", dims="BTJ")
-    deviation = residual_deviation(context)
-    return _linear(b, joined, "out", _last(x), "D", bias=False, deviation=deviation)
+    init = residual_init(context)
+    return _linear(b, joined, "out", _last(x), "D", bias=False, init=init)
 
 
 def build_attention(b: UnitBuilder, inputs: Inputs, o: Options, context: Context) -> fx.Node:
@@ -158,8 +158,8 @@ def build_attention(b: UnitBuilder, inputs: Inputs, o: Options, context: Context
         attention, q, k, v, o["causal"], o["window"], o["explicit"], label="mixed", dims="BTHE"
     )
     joined = b.call(shape.flatten, mixed, 2, label="mixed", dims="BTI")
-    deviation = residual_deviation(context)
-    return _linear(b, joined, "out", _last(x), "D", bias=o["bias"], deviation=deviation)
+    init = residual_init(context)
+    return _linear(b, joined, "out", _last(x), "D", bias=o["bias"], init=init)
 
 
 def build_mlp(b: UnitBuilder, inputs: Inputs, o: Options, context: Context) -> fx.Node:
@@ -167,8 +167,8 @@ def build_mlp(b: UnitBuilder, inputs: Inputs, o: Options, context: Context) -> f
     hidden = _linear(b, x, "up", o["ffn"], "F", bias=o["bias"])
     act = elementwise.ACTIVATIONS[o["activation"]]
     hidden = b.call(act, hidden, label="hidden", dims="BTF")
-    deviation = residual_deviation(context)
-    return _linear(b, hidden, "down", _last(x), "D", bias=o["bias"], deviation=deviation)
+    init = residual_init(context)
+    return _linear(b, hidden, "down", _last(x), "D", bias=o["bias"], init=init)
 
 
 def _gated(activation: Callable[..., Any]) -> Builder:
@@ -178,8 +178,8 @@ def _gated(activation: Callable[..., Any]) -> Builder:
         up = _linear(b, x, "up", o["ffn"], "F", bias=False)
         gate = b.call(activation, gate, label="gate", dims="BTF")
         hidden = b.call(elementwise.multiply, gate, up, label="hidden", dims="BTF")
-        deviation = residual_deviation(context)
-        return _linear(b, hidden, "down", _last(x), "D", bias=False, deviation=deviation)
+        init = residual_init(context)
+        return _linear(b, hidden, "down", _last(x), "D", bias=False, init=init)
 
     return build
 
@@ -202,7 +202,7 @@ def build_layernorm(b: UnitBuilder, inputs: Inputs, o: Options, _: Context) -> f
 
 def build_embed(b: UnitBuilder, inputs: Inputs, o: Options, _: Context) -> fx.Node:
     ids = inputs[0]
-    init = Init("normal", 0.0, STANDARD_DEVIATION)
+    init = WEIGHTS
     table = b.parameter("table", (o["vocab"], o["width"]), "VD", init)
     x = b.call(embedding, ids, table, label="x", dims="BTD")
     if o["positions"] != "learned":
@@ -214,7 +214,7 @@ def build_embed(b: UnitBuilder, inputs: Inputs, o: Options, _: Context) -> fx.No
 
 def build_unembed(b: UnitBuilder, inputs: Inputs, o: Options, _: Context) -> fx.Node:
     x = inputs[0]
-    init = Init("normal", 0.0, STANDARD_DEVIATION)
+    init = WEIGHTS
     if o["tied"] is None:
         table = b.parameter("table", (o["vocab"], _last(x)), "VD", init)
     else:

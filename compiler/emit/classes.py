@@ -79,6 +79,9 @@ def init_text(init: Init, imports: set[tuple[str, str]]) -> str:
             name = "Normal"
             mean = f"mean={init.a!r}, " if init.a else ""
             text = f"Normal({mean}std={init.b!r})"
+            if init.additions > 1:
+                imports.add(("math", "sqrt"))
+                text = f"Normal({mean}std={init.b!r} / sqrt({init.additions}))"
         case "uniform":
             name = "Uniform"
             text = f"Uniform(low={init.a!r}, high={init.b!r})"
@@ -253,6 +256,9 @@ class ClassPrinter:
             grow(tree, path, text)
         return tree
 
+    def _weights(self) -> list[Parameter]:
+        return [node.meta["parameter"] for node in self.section.parameters]
+
     def child_class(self, child: Child) -> str:
         return class_name("_".join((self.unit.name, *child.scope)))
 
@@ -275,7 +281,10 @@ class ClassPrinter:
         more += ", recompute: Collection[str]" if self.told else ""
         with self.text.block(f"def __init__(self, mesh: Mesh{more}):"):
             self.text.line("super().__init__()")
+            notes = {self.relative(w): w.buffer.what for w in self._weights() if w.buffer}
             for key, value in self._members().items():
+                if note := notes.get(key):
+                    self.text.line(f"# {note}")
                 text = value if isinstance(value, str) else group_text(value, self.style)
                 self.text.line(f"self.{key} = {text}")
             for axis in axes:

@@ -23,7 +23,7 @@ VERBS = {
     Collective.ALL_GATHER: "gather",
     Collective.REDUCE_SCATTER: "sum and scatter",
     Collective.ALL_TO_ALL: "exchange",
-    Collective.SEND: "pass on",
+    Collective.SEND: "pass",
     Collective.SLICE: "keep this rank's slice",
 }
 
@@ -71,11 +71,12 @@ class Comments:
             size = f"{messages} x {size}" if messages else size
             time_s = self.times(one)
             cost = size if time_s is None else f"{size}, {time_s * 1e3:.3g} ms predicted"
-            what = f"{VERBS[one.kind]} over {one.axis}" + (" meanwhile" if one.hidden else "")
+            verb = f"{VERBS[one.kind]} {one.what}".rstrip()
+            what = f"{verb} over {one.axis}" + (" meanwhile" if one.hidden else "")
             text = f"{what}: {cost}"
             if not one.elements_forward:
                 text = f"backward: {what}, {cost}"
             elif one.elements_backward:
-                text += f"; backward: {VERBS[one.kind]}"
+                text += "; backward too" if one.what else f"; backward: {VERBS[one.kind]}"
             lines.append(text)
         return tuple(lines)

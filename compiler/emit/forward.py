@@ -267,8 +267,10 @@ class Printer:
         if collective.is_collective(node):
             function = node.target.__name__  # type: ignore[union-attr]
             self.imports.add(("runtime.collectives", function))
-            args = [self._argument(a) for a in node.args]
-            return f"{function}({', '.join([*args, 'self.tensor'])})"
+            value, *dims = map(self._argument, node.args)
+            names = ("dim",) if len(dims) == 1 else ("split_dim", "concat_dim")
+            named = [f"{name}={dim}" for name, dim in zip(names, dims, strict=False)]
+            return f"{function}({', '.join([value, *named, 'axis=self.tensor'])})"
         product = self._biased(node)
         if product is not None:
             parts = (*product.args, node.args[1])

@@ -34,7 +34,8 @@ OVER = {"x": "expert"}
 
 def _shared(ranks: int, letter: str, size: int) -> str:
     """Of how many tokens these are a context rank's."""
-    return f" ({ranks * size:,} over context)" if ranks > 1 and letter in "TS" else ""
+    order = ", early ones and late ones on each rank"  # runtime/context.py
+    return f" ({ranks * size:_} over context{order})" if ranks > 1 and letter in "TS" else ""
 
 
 def legend(lowered: Lowered) -> list[str]:
@@ -55,12 +56,12 @@ def legend(lowered: Lowered) -> list[str]:
                 if letter.islower():
                     local.setdefault(letter, size)
     parts = [
-        f"{letter} {size:,} {LETTERS[letter]}{_shared(ranks, letter, size)}".replace(",", "_")
+        f"{letter} {size:_} {LETTERS[letter]}{_shared(ranks, letter, size)}"
         for letter, size in whole.items()
         if letter in LETTERS
     ]
     parts += [
-        f"{letter} {size:,} ({letter.upper()} over {OVER.get(letter, 'tensor')})".replace(",", "_")
+        f"{letter} {size:_} ({letter.upper()} over {OVER.get(letter, 'tensor')})"
         for letter, size in local.items()
     ]
     lines, line = [], "Shapes of one micro-batch on one process:"

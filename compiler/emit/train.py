@@ -9,7 +9,7 @@ from llmspec.compiler.emit.train_main import print_main
 from llmspec.compiler.emit.trainer import print_trainer
 from llmspec.compiler.lower import Lowered
 from llmspec.compiler.precision import TORCH, WORDS
-from llmspec.compiler.text import Text, formatted, in_bytes, quoted
+from llmspec.compiler.text import Text, formatted, in_bytes, plural, quoted
 from llmspec.dsl.program import Program
 
 
@@ -49,7 +49,8 @@ def print_constants(file: TrainFile) -> None:
         file.text.line("# the batch grows up to that: so many steps of so many sequences first")
         file.text.line(f"RAMP = {file.ramp!r}")
         file.text.line(f"MICROBATCH = {plan.microbatch}  # sequences of one, on one data rank")
-    file.text.line(f"MICROBATCHES = {plan.microbatches}  # of {plan.microbatch} sequences each")
+    each = plural(plan.microbatch, "sequence")
+    file.text.line(f"MICROBATCHES = {plan.microbatches}  # of {each} each")
     file.text.line(f"SEQUENCE = {t.sequence_length}")
     file.text.line(f"VOCABULARY = {file.lowered.whole.vocab}")
     file.text.line(f"SEED = {t.seed}")

@@ -59,8 +59,10 @@ def print_data_moves(file: TrainFile) -> None:
     if plan.zero > 0:
         gathered = "once a step" if plan.zero < 3 else "for its forward and for its backward"
         summed = "once a step" if plan.zero == 1 else "after every backward"
-        file.text.line(f"# FSDP2 gathers each unit's parameters {gathered},")
-        file.text.line(f"# and sums its gradients over the {ranks} ranks {summed}, a part on each")
+        file.text.line(
+            f"# FSDP2 gathers each unit's parameters {gathered}, and sums its gradients over the "
+            f"{ranks} ranks {summed}; each rank keeps a part"
+        )
     if plan.mesh.expert > 1:
         same = plan.mesh.expert_data
         rest = f"over the {same} ranks that have the same ones" if same > 1 else "nowhere else"
@@ -109,6 +111,16 @@ def print_single_step(file: TrainFile) -> None:
         t.line("self.gradients.finish()")
         t.line("return loss")
     t.blank()
+    if file.train.validate:
+        print_single_evaluate(file)
+        t.blank()
+    with t.block("def clip(self, max_norm: float | None) -> Tensor:"):
+        t.line('"""The norm of all gradients before clipping."""')
+        t.line(f"return clip_(self.model.parameters(), self.mesh, max_norm{file.unscaled()})")
+
+
+def print_single_evaluate(file: TrainFile) -> None:
+    t = file.text
     with t.block("def evaluate(self, batch: Batch) -> Tensor:"):
         t.line('"""This process\'s part of the batch\'s mean loss, no gradients."""')
         t.line("loss = torch.zeros((), device=self.mesh.device)")
@@ -119,10 +131,6 @@ def print_single_step(file: TrainFile) -> None:
             t.line("part = self.model(micro.tokens_BT, micro.targets_BT, micro.samples_B)")
             t.line("loss = loss + part / batch.target_tokens")
         t.line("return loss")
-    t.blank()
-    with t.block("def clip(self, max_norm: float | None) -> Tensor:"):
-        t.line('"""The norm of all gradients before clipping."""')
-        t.line(f"return clip_(self.model.parameters(), self.mesh, max_norm{file.unscaled()})")
 
 
 def print_staged_init(file: TrainFile) -> None:
@@ -188,10 +196,11 @@ def print_staged_step(file: TrainFile) -> None:
         executor = "executors[batch.count(MICROBATCH)]" if file.ramp else "executor"
         t.line(f"return self.{executor}.step(batch)")
     t.blank()
-    with t.block("def evaluate(self, batch: Batch) -> Tensor:"):
-        t.line('"""This process\'s part of the batch\'s mean loss, no gradients."""')
-        t.line("return self.executor.evaluate(batch)")
-    t.blank()
+    if file.train.validate:
+        with t.block("def evaluate(self, batch: Batch) -> Tensor:"):
+            t.line('"""This process\'s part of the batch\'s mean loss, no gradients."""')
+            t.line("return self.executor.evaluate(batch)")
+        t.blank()
     with t.block("def clip(self, max_norm: float | None) -> Tensor:"):
         t.line('"""The norm of all gradients before clipping."""')
         t.line("own = [p for model in self.models for p in model.parameters()]")

@@ -276,7 +276,7 @@ def _rotary_moved(
 
 
 def _render_rotary(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
-    return Printed(f"rotary({args[0]}, {args[1]})", (("runtime.rotary", "rotary"),))
+    return Printed(f"rotary({args[0]}, base={args[1]})", (("runtime.rotary", "rotary"),))
 
 
 register(

@@ -222,7 +222,7 @@ def _as(
 
 
 def _render_rotary(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
-    text = f"rotary({args[0]}, {args[1]}, context={AXIS})"
+    text = f"rotary({args[0]}, base={args[1]}, context={AXIS})"
     return Printed(text, (("runtime.rotary", "rotary"),))
 
 

@@ -7,7 +7,6 @@ ring     k and v go round; gather: every rank gathers them; ulysses: tokens chan
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -37,6 +36,7 @@ from llmspec.compiler.ops.registry import (
     shape_of,
 )
 from llmspec.compiler.placement import Collective, Split, State
+from llmspec.compiler.text import listed
 
 
 def ring_attention(*args: Any) -> Any:
@@ -182,6 +182,7 @@ def _ring_sends(node: fx.Node, shapes: Shapes) -> tuple[Sends, ...]:
         elements_backward=both,
         count=ranks - 1,
         hidden=True,
+        what="keys and values",
     )
     gradients = Sends(
         axis="context",
@@ -191,6 +192,7 @@ def _ring_sends(node: fx.Node, shapes: Shapes) -> tuple[Sends, ...]:
         count=ranks,
         hidden=True,
         wide=True,
+        what="their gradients",
     )
     return values, gradients
 
@@ -202,6 +204,7 @@ def _gather_sends(node: fx.Node, shapes: Shapes) -> tuple[Sends, ...]:
         kind=Collective.ALL_GATHER,
         elements_forward=both,
         elements_backward=both,
+        what="keys and values",
     )
     gradients = Sends(
         axis="context",
@@ -209,6 +212,7 @@ def _gather_sends(node: fx.Node, shapes: Shapes) -> tuple[Sends, ...]:
         elements_forward=0,
         elements_backward=both,
         wide=True,
+        what="their gradients",
     )
     return values, gradients
 
@@ -218,16 +222,20 @@ def _ulysses_sends(node: fx.Node, shapes: Shapes) -> tuple[Sends, ...]:
     ranks = _ranks(node)
     q, k, v = (numel(shape) * ranks for shape in shapes.operands)
     repeat, out = _repeat(node, shapes), numel(shapes.result) * ranks
-    counted = Counter((q, out, repeat * k, repeat * v))
+    sizes = {"queries": q, "keys": repeat * k, "values": repeat * v, "results": out}
+    alike: dict[int, list[str]] = {}
+    for name, elements in sizes.items():
+        alike.setdefault(elements, []).append(name)
     return tuple(
         Sends(
             axis="context",
             kind=Collective.ALL_TO_ALL,
             elements_forward=elements,
             elements_backward=elements,
-            count=count,
+            count=len(names),
+            what=listed(names),
         )
-        for elements, count in counted.items()
+        for elements, names in alike.items()
     )
 
 

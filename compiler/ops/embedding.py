@@ -48,7 +48,8 @@ def _render_embedding(node: fx.Node, args: Sequence[str], local: Localised) -> P
     if local.factor != "v":
         return Printed(f"F.embedding({args[0]}, {args[1]})")
     vocabulary = local.whole_operands[1][0]
-    text = f"vocabulary_parallel_embedding({args[0]}, {args[1]}, {vocabulary}, {local.axis})"
+    split = f"whole_vocab={vocabulary}, axis={local.axis}"
+    text = f"vocabulary_parallel_embedding({args[0]}, {args[1]}, {split})"
     return Printed(text, (("runtime.loss", "vocabulary_parallel_embedding"),))
 
 

@@ -68,7 +68,7 @@ def _render(node: fx.Node, args: Sequence[str], local: Localised) -> Printed:
         name, where = "linear_cross_entropy_sum", ""
     else:
         name = "vocabulary_parallel_linear_cross_entropy_sum"
-        where = f", {local.whole_operands[1][0]}, {local.axis}"
+        where = f", whole_vocab={local.whole_operands[1][0]}, axis={local.axis}"
     at_once = min(int(rows), numel(shape_of(node.args[2])))  # type: ignore[arg-type]
     text = f"{name}({x}, {weight}, {targets}{where}, rows={at_once})"
     return Printed(text, (("runtime.linear_loss", name),))

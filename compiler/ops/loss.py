@@ -50,7 +50,7 @@ def _render(node: fx.Node, args: Sequence[str], local: Localised) -> Printed:
         return Printed(text, (("runtime.loss", "cross_entropy_sum"),))
     name = "vocabulary_parallel_cross_entropy_sum"
     vocabulary = local.whole_operands[0][-1]
-    text = f"{name}({args[0]}, {args[1]}, {vocabulary}, {local.axis})"
+    text = f"{name}({args[0]}, {args[1]}, whole_vocab={vocabulary}, axis={local.axis})"
     return Printed(text, (("runtime.loss", name),))
 
 

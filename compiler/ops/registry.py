@@ -173,7 +173,7 @@ class Sends:
     elements_forward, elements_backward: of one collective, counted as `cost.network.collective_s`
         counts its bytes; 0: that direction sends nothing. count: how many of them.
     hidden: they travel while this operator computes. wide: in float32, whatever the operator
-        computes in.
+        computes in. what: the values, for people.
     """
 
     axis: str
@@ -183,6 +183,7 @@ class Sends:
     count: int = 1
     hidden: bool = False
     wide: bool = False
+    what: str = ""
 
 
 @dataclass(frozen=True, slots=True)

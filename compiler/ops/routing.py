@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextvars import ContextVar
-from typing import cast
 
 import torch
 from torch import Tensor, fx
@@ -266,9 +265,9 @@ def _alike(placed: Localised) -> list[str]:
 def _render_balance(node: fx.Node, args: Sequence[str], placed: Localised) -> Printed:
     _logits, load, coefficient, gate, top_k, tokens = node.args
     experts = shape_of(load)[1]  # type: ignore[arg-type]
-    scale = cast(float, coefficient) * experts / cast(int, top_k) / cast(int, tokens)
+    scale = f"{coefficient!r} * {experts} / ({top_k} * {tokens})"
     name = "with_balance_loss"
-    options = [f"coefficient={scale!r}", f"gate={gate!r}", *_alike(placed)]
+    options = [f"coefficient={scale}", f"gate={gate!r}", *_alike(placed)]
     return _printed(name, args[0], args[1], *options)
 
 

@@ -7,6 +7,8 @@ Shapes of one micro-batch on one process: B 4 sequences; T 256 tokens; V 50_257 
     J 384 key/value heads x head size; K 6 key/value heads; F 1_536 hidden width
 """
 
+from math import sqrt
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -56,7 +58,7 @@ class LayerAttention(nn.Module):
         self.k_bias = parameter((384,), mesh=mesh, init=Constant(value=0.0))
         self.v = parameter((384, 384), mesh=mesh, init=Normal(std=0.02))
         self.v_bias = parameter((384,), mesh=mesh, init=Constant(value=0.0))
-        self.out = parameter((384, 384), mesh=mesh, init=Normal(std=0.005773502691896258))
+        self.out = parameter((384, 384), mesh=mesh, init=Normal(std=0.02 / sqrt(12)))
         self.out_bias = parameter((384,), mesh=mesh, init=Constant(value=0.0))
 
     def forward(self, normed_BTD: Tensor) -> Tensor:
@@ -74,7 +76,7 @@ class LayerMlp(nn.Module):
         super().__init__()
         self.up = parameter((1536, 384), mesh=mesh, init=Normal(std=0.02))
         self.up_bias = parameter((1536,), mesh=mesh, init=Constant(value=0.0))
-        self.down = parameter((384, 1536), mesh=mesh, init=Normal(std=0.005773502691896258))
+        self.down = parameter((384, 1536), mesh=mesh, init=Normal(std=0.02 / sqrt(12)))
         self.down_bias = parameter((384,), mesh=mesh, init=Constant(value=0.0))
 
     def forward(self, normed_BTD: Tensor) -> Tensor:

@@ -42,8 +42,8 @@ class Trainer:
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
         self.model = Model(mesh)
-        # FSDP2 gathers each unit's parameters for its forward and for its backward,
-        # and sums its gradients over the data ranks after every backward, a part on each
+        # FSDP2 gathers each unit's parameters for its forward and for its backward, and sums its
+        # gradients over the data ranks after every backward; each rank keeps a part
         self.gradients = ShardedGradients(self.model, mesh, units=self.model.units(), zero=3)
         initialise(self.model, mesh, seed=SEED)
         self.models = [self.model]

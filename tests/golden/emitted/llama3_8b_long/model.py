@@ -3,12 +3,14 @@ Change the spec or the plan, then: llmspec compile llama3_8b_long.llmspec
 
 Mesh: shards 8 x context 4 = 32 processes. ZeRO 3.
 Shapes of one micro-batch on one process: B 1 sequences;
-    T 32_768 tokens (131_072 over context); V 128_256 vocabulary; D 4_096 width;
-    I 4_096 heads x head size; H 32 heads; E 128 head size;
-    J 1_024 key/value heads x head size; K 8 key/value heads; F 14_336 hidden width
+    T 32_768 tokens (131_072 over context, early ones and late ones on each rank);
+    V 128_256 vocabulary; D 4_096 width; I 4_096 heads x head size; H 32 heads;
+    E 128 head size; J 1_024 key/value heads x head size; K 8 key/value heads;
+    F 14_336 hidden width
 """
 
 from collections.abc import Collection
+from math import sqrt
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,8 @@ from runtime.rotary import rotary
 
 # What each block `layer` drops after its forward and computes again in its backward.
 RECOMPUTE = (
-    # rmsnorm, attention (q, k, v), rmsnorm_2, swiglu (gate, up, hidden): 4,480.2 MiB less, 18.3 ms more predicted
+    # rmsnorm, attention (q, k, v), rmsnorm_2, swiglu (gate, up, hidden): 4,480.2 MiB less, 18.3 ms
+    # more predicted
     *15
     * [
         {
@@ -66,7 +69,7 @@ class LayerAttention(nn.Module):
         self.q = parameter((4096, 4096), mesh=mesh, init=Normal(std=0.02))
         self.k = parameter((1024, 4096), mesh=mesh, init=Normal(std=0.02))
         self.v = parameter((1024, 4096), mesh=mesh, init=Normal(std=0.02))
-        self.out = parameter((4096, 4096), mesh=mesh, init=Normal(std=0.0025))
+        self.out = parameter((4096, 4096), mesh=mesh, init=Normal(std=0.02 / sqrt(64)))
         self.context = mesh.context
 
     def forward(self, normed_BTD: Tensor) -> Tensor:
@@ -79,10 +82,10 @@ class LayerAttention(nn.Module):
         v_BTKE = again("attention_v_1", F.linear, normed_BTD, local(self.v)).unflatten(
             -1, (-1, 128)
         )
-        q_BTHE = again("attention_q_3", rotary, q_BTHE, 500000.0, context=self.context)
-        k_BTKE = again("attention_k_3", rotary, k_BTKE, 500000.0, context=self.context)
-        # pass on over context meanwhile: 3 x 128 MiB, 1.23 ms predicted; backward: pass on
-        # backward: pass on over context meanwhile, 4 x 256 MiB, 3.25 ms predicted
+        q_BTHE = again("attention_q_3", rotary, q_BTHE, base=500000.0, context=self.context)
+        k_BTKE = again("attention_k_3", rotary, k_BTKE, base=500000.0, context=self.context)
+        # pass keys and values over context meanwhile: 3 x 128 MiB, 1.23 ms predicted; backward too
+        # backward: pass their gradients over context meanwhile, 4 x 256 MiB, 3.25 ms predicted
         mixed_BTI = ring_attention(q_BTHE, k_BTKE, v_BTKE, self.context, causal=True).flatten(-2)
         return F.linear(mixed_BTI, local(self.out))
 
@@ -94,7 +97,7 @@ class LayerSwiglu(nn.Module):
         super().__init__()
         self.gate = parameter((14336, 4096), mesh=mesh, init=Normal(std=0.02))
         self.up = parameter((14336, 4096), mesh=mesh, init=Normal(std=0.02))
-        self.down = parameter((4096, 14336), mesh=mesh, init=Normal(std=0.0025))
+        self.down = parameter((4096, 14336), mesh=mesh, init=Normal(std=0.02 / sqrt(64)))
 
     def forward(self, normed_BTD: Tensor) -> Tensor:
         gate_BTF = again("swiglu_gate_1", F.linear, normed_BTD, local(self.gate))

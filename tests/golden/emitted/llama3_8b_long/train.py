@@ -24,7 +24,7 @@ from runtime.sharded_data_parallel import ShardedGradients
 
 STEPS = 1000
 BATCH = 32  # sequences per step, over all processes
-MICROBATCHES = 4  # of 1 sequences each
+MICROBATCHES = 4  # of 1 sequence each
 SEQUENCE = 131072
 VOCABULARY = 128256
 SEED = 1
@@ -44,8 +44,8 @@ class Trainer:
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
         self.model = Model(mesh)
-        # FSDP2 gathers each unit's parameters for its forward and for its backward,
-        # and sums its gradients over the data and context ranks after every backward, a part on each
+        # FSDP2 gathers each unit's parameters for its forward and for its backward, and sums its
+        # gradients over the data and context ranks after every backward; each rank keeps a part
         self.gradients = ShardedGradients(
             self.model, mesh, units=self.model.units(), zero=3, compute=COMPUTE, reduce=REDUCE
         )
@@ -62,15 +62,6 @@ class Trainer:
             part.backward()
             loss = loss + part.detach()
         self.gradients.finish()
-        return loss
-
-    def evaluate(self, batch: Batch) -> Tensor:
-        """This process's part of the batch's mean loss, no gradients."""
-        loss = torch.zeros((), device=self.mesh.device)
-        with self.gradients.evaluation():
-            for micro in batch.microbatches(MICROBATCHES):
-                part = self.model(micro.tokens_BT, micro.targets_BT, micro.samples_B)
-                loss = loss + part / batch.target_tokens
         return loss
 
     def clip(self, max_norm: float | None) -> Tensor:

@@ -10,6 +10,8 @@ Shapes of one micro-batch on one process: B 4 sequences; T 4_096 tokens; V 128_2
     v 64_128 (V over tensor)
 """
 
+from math import sqrt
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,7 +36,7 @@ class First(nn.Module):
     def forward(self, tokens_BT: Tensor) -> Tensor:
         x_BTd = F.embedding(tokens_BT, local(self.embed.table))
         # exchange over tensor: 128 MiB, 0.106 ms predicted; backward: exchange
-        return all_to_all(x_BTd, 1, 2, self.tensor)
+        return all_to_all(x_BTd, split_dim=1, concat_dim=2, axis=self.tensor)
 
 
 class LayerAttention(nn.Module):
@@ -45,12 +47,14 @@ class LayerAttention(nn.Module):
         self.q = parameter((4096, 4096), mesh=mesh, init=Normal(std=0.02), split={"tensor": 0})
         self.k = parameter((1024, 4096), mesh=mesh, init=Normal(std=0.02), split={"tensor": 0})
         self.v = parameter((1024, 4096), mesh=mesh, init=Normal(std=0.02), split={"tensor": 0})
-        self.out = parameter((4096, 4096), mesh=mesh, init=Normal(std=0.005), split={"tensor": 1})
+        self.out = parameter(
+            (4096, 4096), mesh=mesh, init=Normal(std=0.02 / sqrt(16)), split={"tensor": 1}
+        )
         self.tensor = mesh.tensor
 
     def forward(self, normed_BtD: Tensor) -> Tensor:
         # gather over tensor: 128 MiB, 0.207 ms predicted; backward: sum and scatter
-        normed_BTD = all_gather(normed_BtD, 1, self.tensor)
+        normed_BTD = all_gather(normed_BtD, dim=1, axis=self.tensor)
         q_BThE = F.linear(normed_BTD, local(self.q)).unflatten(-1, (-1, 128))
         k_BTkE = F.linear(normed_BTD, local(self.k)).unflatten(-1, (-1, 128))
         v_BTkE = F.linear(normed_BTD, local(self.v)).unflatten(-1, (-1, 128))
@@ -59,7 +63,7 @@ class LayerAttention(nn.Module):
         mixed_BTi = attention(q_BThE, k_BTkE, v_BTkE, causal=True).flatten(-2)
         out_BTD = F.linear(mixed_BTi, local(self.out))
         # sum and scatter over tensor: 128 MiB, 0.207 ms predicted; backward: gather
-        return reduce_scatter(out_BTD, 1, self.tensor)
+        return reduce_scatter(out_BTD, dim=1, axis=self.tensor)
 
 
 class LayerSwiglu(nn.Module):
@@ -69,18 +73,20 @@ class LayerSwiglu(nn.Module):
         super().__init__()
         self.gate = parameter((14336, 4096), mesh=mesh, init=Normal(std=0.02), split={"tensor": 0})
         self.up = parameter((14336, 4096), mesh=mesh, init=Normal(std=0.02), split={"tensor": 0})
-        self.down = parameter((4096, 14336), mesh=mesh, init=Normal(std=0.005), split={"tensor": 1})
+        self.down = parameter(
+            (4096, 14336), mesh=mesh, init=Normal(std=0.02 / sqrt(16)), split={"tensor": 1}
+        )
         self.tensor = mesh.tensor
 
     def forward(self, normed_BtD: Tensor) -> Tensor:
         # gather over tensor: 128 MiB, 0.207 ms predicted; backward: sum and scatter
-        normed_BTD = all_gather(normed_BtD, 1, self.tensor)
+        normed_BTD = all_gather(normed_BtD, dim=1, axis=self.tensor)
         gate_BTf = F.linear(normed_BTD, local(self.gate))
         up_BTf = F.linear(normed_BTD, local(self.up))
         hidden_BTf = kernels.silu_gate(gate_BTf, up_BTf)
         down_BTD = F.linear(hidden_BTf, local(self.down))
         # sum and scatter over tensor: 128 MiB, 0.207 ms predicted; backward: gather
-        return reduce_scatter(down_BTD, 1, self.tensor)
+        return reduce_scatter(down_BTD, dim=1, axis=self.tensor)
 
 
 class Layer(nn.Module):
@@ -119,11 +125,16 @@ class Last(nn.Module):
     def forward(self, x_BtD: Tensor, targets_BT: Tensor) -> Tensor:
         normed_BtD = kernels.rmsnorm(x_BtD, local(self.rmsnorm.weight))
         # gather over tensor: 128 MiB, 0.207 ms predicted; backward: sum and scatter
-        normed_BTD = all_gather(normed_BtD, 1, self.tensor)
+        normed_BTD = all_gather(normed_BtD, dim=1, axis=self.tensor)
         # 1.957 GiB of logits, 250.5 MiB at a time;
         # their gradients are made at once: 629 MiB wait for the backward
         return vocabulary_parallel_linear_cross_entropy_sum(
-            normed_BTD, local(self.unembed.table), targets_BT, 128256, self.tensor, rows=2048
+            normed_BTD,
+            local(self.unembed.table),
+            targets_BT,
+            whole_vocab=128256,
+            axis=self.tensor,
+            rows=2048,
         )
 
 

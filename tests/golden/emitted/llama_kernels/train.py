@@ -44,8 +44,8 @@ class Trainer:
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
         self.model = Model(mesh)
-        # FSDP2 gathers each unit's parameters once a step,
-        # and sums its gradients over the data ranks once a step, a part on each
+        # FSDP2 gathers each unit's parameters once a step, and sums its gradients over the data
+        # ranks once a step; each rank keeps a part
         self.gradients = ShardedGradients(
             self.model, mesh, units=self.model.units(), zero=1, compute=COMPUTE, reduce=REDUCE
         )
@@ -62,15 +62,6 @@ class Trainer:
             part.backward()
             loss = loss + part.detach()
         self.gradients.finish()
-        return loss
-
-    def evaluate(self, batch: Batch) -> Tensor:
-        """This process's part of the batch's mean loss, no gradients."""
-        loss = torch.zeros((), device=self.mesh.device)
-        with self.gradients.evaluation():
-            for micro in batch.microbatches(MICROBATCHES):
-                part = self.model(micro.tokens_BT, micro.targets_BT, micro.samples_B)
-                loss = loss + part / batch.target_tokens
         return loss
 
     def clip(self, max_norm: float | None) -> Tensor:

@@ -10,6 +10,8 @@ Shapes of one micro-batch on one process: B 2 sequences; T 4_096 tokens; V 128_2
     v 32_064 (V over tensor)
 """
 
+from math import sqrt
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ class First(nn.Module):
     def forward(self, tokens_BT: Tensor) -> Tensor:
         x_BTd = F.embedding(tokens_BT, local(self.embed.table, COMPUTE))
         # exchange over tensor: 64 MiB, 0.0543 ms predicted; backward: exchange
-        return all_to_all(x_BTd, 1, 2, self.tensor)
+        return all_to_all(x_BTd, split_dim=1, concat_dim=2, axis=self.tensor)
 
 
 class LayerAttention(nn.Module):
@@ -49,21 +51,23 @@ class LayerAttention(nn.Module):
         self.q = parameter((4096, 4096), mesh=mesh, init=Normal(std=0.02), split={"tensor": 0})
         self.k = parameter((1024, 4096), mesh=mesh, init=Normal(std=0.02), split={"tensor": 0})
         self.v = parameter((1024, 4096), mesh=mesh, init=Normal(std=0.02), split={"tensor": 0})
-        self.out = parameter((4096, 4096), mesh=mesh, init=Normal(std=0.005), split={"tensor": 1})
+        self.out = parameter(
+            (4096, 4096), mesh=mesh, init=Normal(std=0.02 / sqrt(16)), split={"tensor": 1}
+        )
         self.tensor = mesh.tensor
 
     def forward(self, normed_BtD: Tensor) -> Tensor:
         # gather over tensor: 64 MiB, 0.168 ms predicted; backward: sum and scatter
-        normed_BTD = all_gather(normed_BtD, 1, self.tensor)
+        normed_BTD = all_gather(normed_BtD, dim=1, axis=self.tensor)
         q_BThE = F.linear(normed_BTD, local(self.q, COMPUTE)).unflatten(-1, (-1, 128))
         k_BTkE = F.linear(normed_BTD, local(self.k, COMPUTE)).unflatten(-1, (-1, 128))
         v_BTkE = F.linear(normed_BTD, local(self.v, COMPUTE)).unflatten(-1, (-1, 128))
-        q_BThE = rotary(q_BThE, 10000.0)
-        k_BTkE = rotary(k_BTkE, 10000.0)
+        q_BThE = rotary(q_BThE, base=10000.0)
+        k_BTkE = rotary(k_BTkE, base=10000.0)
         mixed_BTi = attention(q_BThE, k_BTkE, v_BTkE, causal=True).flatten(-2)
         out_BTD = F.linear(mixed_BTi, local(self.out, COMPUTE))
         # sum and scatter over tensor: 64 MiB, 0.168 ms predicted; backward: gather
-        return reduce_scatter(out_BTD, 1, self.tensor)
+        return reduce_scatter(out_BTD, dim=1, axis=self.tensor)
 
 
 class LayerSwiglu(nn.Module):
@@ -73,19 +77,21 @@ class LayerSwiglu(nn.Module):
         super().__init__()
         self.gate = parameter((14336, 4096), mesh=mesh, init=Normal(std=0.02), split={"tensor": 0})
         self.up = parameter((14336, 4096), mesh=mesh, init=Normal(std=0.02), split={"tensor": 0})
-        self.down = parameter((4096, 14336), mesh=mesh, init=Normal(std=0.005), split={"tensor": 1})
+        self.down = parameter(
+            (4096, 14336), mesh=mesh, init=Normal(std=0.02 / sqrt(16)), split={"tensor": 1}
+        )
         self.tensor = mesh.tensor
 
     def forward(self, normed_BtD: Tensor) -> Tensor:
         # gather over tensor: 64 MiB, 0.168 ms predicted; backward: sum and scatter
-        normed_BTD = all_gather(normed_BtD, 1, self.tensor)
+        normed_BTD = all_gather(normed_BtD, dim=1, axis=self.tensor)
         gate_BTf = F.linear(normed_BTD, local(self.gate, COMPUTE))
         up_BTf = F.linear(normed_BTD, local(self.up, COMPUTE))
         gate_BTf = F.silu(gate_BTf)
         hidden_BTf = gate_BTf * up_BTf
         down_BTD = F.linear(hidden_BTf, local(self.down, COMPUTE))
         # sum and scatter over tensor: 64 MiB, 0.168 ms predicted; backward: gather
-        return reduce_scatter(down_BTD, 1, self.tensor)
+        return reduce_scatter(down_BTD, dim=1, axis=self.tensor)
 
 
 class Layer(nn.Module):
@@ -123,15 +129,15 @@ class Last(nn.Module):
     def forward(self, x_BtD: Tensor, targets_BT: Tensor) -> Tensor:
         normed_BtD = rms_norm(x_BtD, local(self.rmsnorm.weight, COMPUTE), eps=1e-05)
         # gather over tensor: 64 MiB, 0.168 ms predicted; backward: sum and scatter
-        normed_BTD = all_gather(normed_BtD, 1, self.tensor)
+        normed_BTD = all_gather(normed_BtD, dim=1, axis=self.tensor)
         # 501 MiB of logits, 250.5 MiB at a time;
         # their gradients are made at once: 314.5 MiB wait for the backward
         return vocabulary_parallel_linear_cross_entropy_sum(
             normed_BTD,
             local(self.unembed.table, COMPUTE),
             targets_BT,
-            128256,
-            self.tensor,
+            whole_vocab=128256,
+            axis=self.tensor,
             rows=4096,
         )
 

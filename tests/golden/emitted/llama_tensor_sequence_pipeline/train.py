@@ -76,10 +76,6 @@ class Trainer:
         """Gradients of one batch, summed over all processes; this process's loss."""
         return self.executor.step(batch)
 
-    def evaluate(self, batch: Batch) -> Tensor:
-        """This process's part of the batch's mean loss, no gradients."""
-        return self.executor.evaluate(batch)
-
     def clip(self, max_norm: float | None) -> Tensor:
         """The norm of all gradients before clipping."""
         own = [p for model in self.models for p in model.parameters()]

@@ -9,6 +9,8 @@ Shapes of one micro-batch on one process: B 8 sequences; T 1_024 tokens; V 32_00
     x 4 (X over expert)
 """
 
+from math import sqrt
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,14 +54,14 @@ class LayerAttention(nn.Module):
         self.q = parameter((1024, 1024), mesh=mesh, init=Normal(std=0.02))
         self.k = parameter((256, 1024), mesh=mesh, init=Normal(std=0.02))
         self.v = parameter((256, 1024), mesh=mesh, init=Normal(std=0.02))
-        self.out = parameter((1024, 1024), mesh=mesh, init=Normal(std=0.004082482904638631))
+        self.out = parameter((1024, 1024), mesh=mesh, init=Normal(std=0.02 / sqrt(24)))
 
     def forward(self, normed_BTD: Tensor) -> Tensor:
         q_BTHE = F.linear(normed_BTD, local(self.q)).unflatten(-1, (-1, 64))
         k_BTKE = F.linear(normed_BTD, local(self.k)).unflatten(-1, (-1, 64))
         v_BTKE = F.linear(normed_BTD, local(self.v)).unflatten(-1, (-1, 64))
-        q_BTHE = rotary(q_BTHE, 10000.0)
-        k_BTKE = rotary(k_BTKE, 10000.0)
+        q_BTHE = rotary(q_BTHE, base=10000.0)
+        k_BTKE = rotary(k_BTKE, base=10000.0)
         mixed_BTI = attention(q_BTHE, k_BTKE, v_BTKE, causal=True).flatten(-2)
         return F.linear(mixed_BTI, local(self.out))
 
@@ -74,7 +76,7 @@ class LayerMoeExperts(nn.Module):
         )
         self.up = parameter((16, 2048, 1024), mesh=mesh, init=Normal(std=0.02), split={"expert": 0})
         self.down = parameter(
-            (16, 1024, 2048), mesh=mesh, init=Normal(std=0.004082482904638631), split={"expert": 0}
+            (16, 1024, 2048), mesh=mesh, init=Normal(std=0.02 / sqrt(24)), split={"expert": 0}
         )
 
     def forward(self, rows_RD: Tensor, counts_x: Tensor) -> Tensor:
@@ -91,6 +93,7 @@ class LayerMoe(nn.Module):
     def __init__(self, mesh: Mesh):
         super().__init__()
         self.router = parameter((16, 1024), mesh=mesh, init=Normal(std=0.02))
+        # picks of each expert since the last step, and dropped ones
         self.load = buffer((2, 16), init=Constant(value=0.0), dtype=torch.int64, kept=False)
         self.experts = LayerMoeExperts(mesh)
         self.expert = mesh.expert
@@ -99,7 +102,9 @@ class LayerMoe(nn.Module):
         logits_BTX = router(normed_BTD, local(self.router))
         experts_BTP = choose_experts(logits_BTX, top_k=2)
         load_BX = sequence_load(experts_BTP, experts=16)
-        logits_BTX = with_balance_loss(logits_BTX, load_BX, coefficient=7.8125e-05, gate="softmax")
+        logits_BTX = with_balance_loss(
+            logits_BTX, load_BX, coefficient=0.01 * 16 / (2 * 1024), gate="softmax"
+        )
         weights_BTP = gate_weights(logits_BTX, experts_BTP, gate="softmax", normalise=True)
         order_R = expert_order(experts_BTP, drops=False)
         counts_X = expert_counts(experts_BTP, self.load)

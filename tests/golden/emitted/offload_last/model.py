@@ -7,6 +7,8 @@ Shapes of one micro-batch on one process: B 16 sequences; T 1_024 tokens; V 32_0
     J 512 key/value heads x head size; K 8 key/value heads; F 2_816 hidden width
 """
 
+from math import sqrt
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -40,14 +42,14 @@ class LayerAttention(nn.Module):
         self.q = parameter((1024, 1024), mesh=mesh, init=Normal(std=0.02))
         self.k = parameter((512, 1024), mesh=mesh, init=Normal(std=0.02))
         self.v = parameter((512, 1024), mesh=mesh, init=Normal(std=0.02))
-        self.out = parameter((1024, 1024), mesh=mesh, init=Normal(std=0.004082482904638631))
+        self.out = parameter((1024, 1024), mesh=mesh, init=Normal(std=0.02 / sqrt(24)))
 
     def forward(self, normed_BTD: Tensor) -> Tensor:
         q_BTHE = F.linear(normed_BTD, local(self.q)).unflatten(-1, (-1, 64))
         k_BTKE = F.linear(normed_BTD, local(self.k)).unflatten(-1, (-1, 64))
         v_BTKE = F.linear(normed_BTD, local(self.v)).unflatten(-1, (-1, 64))
-        q_BTHE = rotary(q_BTHE, 10000.0)
-        k_BTKE = rotary(k_BTKE, 10000.0)
+        q_BTHE = rotary(q_BTHE, base=10000.0)
+        k_BTKE = rotary(k_BTKE, base=10000.0)
         mixed_BTI = attention(q_BTHE, k_BTKE, v_BTKE, causal=True).flatten(-2)
         return F.linear(mixed_BTI, local(self.out))
 
@@ -59,7 +61,7 @@ class LayerSwiglu(nn.Module):
         super().__init__()
         self.gate = parameter((2816, 1024), mesh=mesh, init=Normal(std=0.02))
         self.up = parameter((2816, 1024), mesh=mesh, init=Normal(std=0.02))
-        self.down = parameter((1024, 2816), mesh=mesh, init=Normal(std=0.004082482904638631))
+        self.down = parameter((1024, 2816), mesh=mesh, init=Normal(std=0.02 / sqrt(24)))
 
     def forward(self, normed_BTD: Tensor) -> Tensor:
         gate_BTF = F.linear(normed_BTD, local(self.gate))

@@ -7,6 +7,8 @@ Shapes of one micro-batch on one process: B 8 sequences; T 256 tokens; V 256 voc
     J 64 key/value heads x head size; K 2 key/value heads; F 512 hidden width
 """
 
+from math import sqrt
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,14 +40,14 @@ class LayerAttention(nn.Module):
         self.q = parameter((192, 192), mesh=mesh, init=Normal(std=0.02))
         self.k = parameter((64, 192), mesh=mesh, init=Normal(std=0.02))
         self.v = parameter((64, 192), mesh=mesh, init=Normal(std=0.02))
-        self.out = parameter((192, 192), mesh=mesh, init=Normal(std=0.0070710678118654745))
+        self.out = parameter((192, 192), mesh=mesh, init=Normal(std=0.02 / sqrt(8)))
 
     def forward(self, normed_BTD: Tensor) -> Tensor:
         q_BTHE = F.linear(normed_BTD, local(self.q)).unflatten(-1, (-1, 32))
         k_BTKE = F.linear(normed_BTD, local(self.k)).unflatten(-1, (-1, 32))
         v_BTKE = F.linear(normed_BTD, local(self.v)).unflatten(-1, (-1, 32))
-        q_BTHE = rotary(q_BTHE, 10000.0)
-        k_BTKE = rotary(k_BTKE, 10000.0)
+        q_BTHE = rotary(q_BTHE, base=10000.0)
+        k_BTKE = rotary(k_BTKE, base=10000.0)
         mixed_BTI = attention(q_BTHE, k_BTKE, v_BTKE, causal=True).flatten(-2)
         return F.linear(mixed_BTI, local(self.out))
 
@@ -57,7 +59,7 @@ class LayerSwiglu(nn.Module):
         super().__init__()
         self.gate = parameter((512, 192), mesh=mesh, init=Normal(std=0.02))
         self.up = parameter((512, 192), mesh=mesh, init=Normal(std=0.02))
-        self.down = parameter((192, 512), mesh=mesh, init=Normal(std=0.0070710678118654745))
+        self.down = parameter((192, 512), mesh=mesh, init=Normal(std=0.02 / sqrt(8)))
 
     def forward(self, normed_BTD: Tensor) -> Tensor:
         gate_BTF = F.linear(normed_BTD, local(self.gate))
