@@ -53,6 +53,7 @@ def rotary_tables(length: int, size: int, base: float) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x_BHTE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos.to(x_BHTE.dtype), sin.to(x_BHTE.dtype)  # under autocast they would widen it
     left, right = x_BHTE.chunk(2, dim=-1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
@@ -108,6 +109,9 @@ class Llama(nn.Module):
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x, self.cos, self.sin)
+        return self.loss(x, targets)
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         logits = self.head(self.norm(x))
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
 

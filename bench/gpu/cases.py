@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from bench.plain_trainers import Shape
 
@@ -17,6 +18,11 @@ class Case:
     shape: Shape
     batch: int
     fit: bool = False
+
+    @staticmethod
+    def of(data: dict[str, Any]) -> Case:
+        """From what `asdict` made of it."""
+        return Case(**data | {"shape": Shape(**data["shape"])})
 
     @property
     def tokens(self) -> int:
@@ -50,7 +56,7 @@ def tiny(case: Case) -> Case:
     """The same case in milliseconds: to test the benchmark, not the programs."""
     heads = {"heads": 4, "kv_heads": 4 if case.model == "gpt" else 2}
     small = replace(case.shape, layers=2, width=32, ffn=128, vocab=256, context=16, **heads)
-    return replace(case, shape=small, batch=4, fit=False)
+    return replace(case, shape=small, batch=2, fit=False)
 
 
 def model_text(case: Case) -> str:
@@ -62,9 +68,21 @@ def model_text(case: Case) -> str:
     return f"import gpt2\nmodel m = gpt2({sizes}, dropout=0.0)"
 
 
-def spec_text(case: Case, device: str, *, precision: str, pins: str = "", steps: int = 100) -> str:
-    """`device`: as the language has it, `gpu("H200")` or `cpu`."""
-    pinned = f"microbatch = {case.batch}" + (f"; {pins}" if pins else "; recompute = none")
+def spec_text(
+    case: Case,
+    device: str,
+    *,
+    precision: str,
+    pins: str = "",
+    steps: int = 100,
+    memory_bytes: int | None = None,
+) -> str:
+    """`device`: as the language has it, `gpu("H200")` or `cpu`. memory_bytes: that a plan may
+    use; None: all."""
+    pinned = f"microbatch = {case.batch}" + (
+        f"; {pins}" if pins else "; recompute = none; offload = none"
+    )
+    budget = f"budget {{ memory = {memory_bytes >> 20} MiB per gpu }}\n" if memory_bytes else ""
     return f"""{model_text(case)}
 cluster here {{ node = 1 * {device} }}
 train bench {{
@@ -73,4 +91,4 @@ train bench {{
     optimizer = adamw(lr=3e-4, weight_decay=0.1, clip=1.0)
 }}
 plan {{ {pinned} }}
-"""
+{budget}"""

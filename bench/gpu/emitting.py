@@ -8,14 +8,19 @@ from typing import Any
 
 from bench.gpu.measuring import Device
 from llmspec.compiler import driver
+from llmspec.compiler.cost.hardware import machine_of
+from llmspec.compiler.cost.types import types_of
 from llmspec.compiler.search.search import Infeasible
 from llmspec.dsl.hardware import normal, spelled_names
 
 
-def emit(text: str, folder: Path, *, kernels: str | None = None) -> dict[str, Any]:
-    """The program, in `folder/program`. `kernels`: in place of what the plan says.
+def emit(
+    text: str, folder: Path, *, kernels: str | None = None, write: bool = True
+) -> dict[str, Any]:
+    """The program, in `folder/program`. `kernels`: in place of what the plan says. write: False:
+    only the plan is asked for.
 
-    Returns `fits`, and where it does `kernels` and the plan's predictions."""
+    Returns `fits`, and where it does `kernels`, `peak_flops` and the plan's predictions."""
     spec = folder / "bench.llmspec"
     spec.write_text(text)
     session = driver.open_session(str(spec))
@@ -23,8 +28,10 @@ def emit(text: str, folder: Path, *, kernels: str | None = None) -> dict[str, An
     if isinstance(found, Infeasible):
         return {"fits": False}
     plan = found.plan if kernels is None else replace(found.plan, kernels=kernels)
-    driver.compile_plan(session, plan, folder / "program")
-    return {"fits": True, "kernels": plan.kernels, **plan.predicted}
+    if write:
+        driver.compile_plan(session, plan, folder / "program")
+    peak_flops = machine_of(session.program.cluster, types_of(session.program.train)).peak_flops
+    return {"fits": True, "kernels": plan.kernels, "peak_flops": peak_flops, **plan.predicted}
 
 
 def language_name(device: Device) -> str:

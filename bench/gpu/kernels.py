@@ -2,12 +2,16 @@
 
 A program's `kernels.py` holds each kernel in plain PyTorch beside it (`NAME_plain`). One training
 step tells with which tensors each is called; the same tensors are given to both.
+
+`python -m bench.gpu.kernels DEVICE [tiny]` is the loss, in a process of its own.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import json
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +21,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from bench.gpu.liger import liger_forward
 from bench.gpu.measuring import Device, distance, peak_bytes, seconds
+from bench.gpu.processes import Row, say
 from llmspec.runtime.linear_loss import linear_cross_entropy_sum
 
-Row = dict[str, Any]
 ROUNDINGS = 4
 """Of the compute type: what a result of several rounded steps may be off by."""
 
@@ -56,13 +61,32 @@ PYTORCH = (
 
 def check_kernels(
     calls: dict[str, tuple[Any, tuple[Any, ...]]], module: Any, device: Device
-) -> list[Row]:
-    """`calls`: what a Recorder saw; `module`: the program's kernels. A kernel that is not called or
-    has no plain form beside it is an error of the program."""
-    return [
-        _kernel(name, function, args, getattr(module, f"{name}_plain"), device)
-        for name, (function, args) in calls.items()
-    ]
+) -> Iterator[Row]:
+    """`calls`: what a Recorder saw; `module`: the program's kernels. A kernel that fails or has no
+    plain form beside it is an error of the program; what it costs under torch.compile comes last,
+    when all else is known."""
+    rows: dict[str, Row] = {}
+    for name, (function, args) in calls.items():
+        try:
+            rows[name] = _kernel(name, function, args, getattr(module, f"{name}_plain"), device)
+        except Exception as error:  # of any kind: the others are still to be looked at
+            rows[name] = {"name": name, "right": False, "failed": words_of(error)}
+        yield rows[name]
+    for name, (_, args) in calls.items() if device.kind == "cuda" else ():
+        if "failed" not in rows[name]:
+            yield rows[name] | _compiled(getattr(module, f"{name}_plain"), args)
+
+
+def words_of(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def _compiled(plain: Callable[..., Any], args: tuple[Any, ...]) -> Row:
+    try:
+        compiled = torch.compile(plain)
+        return {"compiled_s": seconds(lambda: compiled(*args))}
+    except Exception as error:  # of Inductor's: no fault of the kernel
+        return {"note": f"torch.compile: {words_of(error)}"}
 
 
 def _kernel(
@@ -73,12 +97,11 @@ def _kernel(
     far = max(distance(g, w) for g, w in zip(got, wanted, strict=True))
     eps = max(torch.finfo(t.dtype).eps for t in got)
     moved = sum(t.numel() * t.element_size() for t in (*_tensors(args), *got))
-    bound_s = moved / device.bytes_per_s
-    row = _row(name, far, ROUNDINGS * eps, bound_s)
+    row = _row(name, far, ROUNDINGS * eps, moved / device.bytes_per_s)
     row |= {"kernel_s": seconds(lambda: function(*args)), "eager_s": seconds(lambda: plain(*args))}
-    if device.kind == "cuda":
-        compiled = torch.compile(plain)
-        row["compiled_s"] = seconds(lambda: compiled(*args))
+    row["of_copy"] = row["bound_s"] / row["kernel_s"]
+    if device.kind == "cuda" and (theirs := liger_forward(name, args)) is not None:
+        row["liger_s"] = seconds(theirs)
     return row
 
 
@@ -117,11 +140,16 @@ LOSSES = (
 TINY_LOSSES = (LossSize(96, 16, 384, 40),)
 
 
-def check_losses(sizes: tuple[LossSize, ...], device: Device) -> list[Row]:
-    return [_loss(size, device) for size in sizes]
+def check_losses(sizes: tuple[LossSize, ...], device: Device) -> Iterator[Row]:
+    for size in sizes:
+        try:
+            yield from _loss(size, device)
+        except Exception as error:  # of any kind: the others are still to be looked at
+            yield {"name": str(size), "right": False, "failed": words_of(error)}
 
 
-def _loss(size: LossSize, device: Device) -> Row:
+def _loss(size: LossSize, device: Device) -> Iterator[Row]:
+    """Its row, and again with each of the others; torch.compile, which takes long, comes last."""
     torch.manual_seed(0)
     kind = device.kind
     x = torch.randn(1, size.tokens, size.width, device=kind).to(device.short)
@@ -148,13 +176,18 @@ def _loss(size: LossSize, device: Device) -> Row:
     row = _row(name, far, ROUNDINGS * torch.finfo(device.short).eps, operations / device.flops)
     others = {"kernel": joined, "eager": eager}
     if device.kind == "cuda":
+        if (liger := _liger(x, weight, targets)) is not None:
+            others["liger"] = liger
         others["compiled"] = torch.compile(eager)
-    if (liger := _liger(x, weight, targets)) is not None and device.kind == "cuda":
-        others["liger"] = liger
     for words, loss in others.items():
-        row[f"{words}_s"] = seconds(trained(loss), 5)
-        row[f"{words}_peak_bytes"] = peak_bytes(trained(loss))
-    return row
+        try:
+            row[f"{words}_s"] = seconds(trained(loss), 5)
+            row[f"{words}_peak_bytes"] = peak_bytes(trained(loss))
+        except Exception as error:
+            if words == "kernel":
+                raise
+            row["note"] = f"{words}: {words_of(error)}"
+        yield dict(row)
 
 
 def _loss_error(
@@ -189,3 +222,10 @@ def _liger(x: Tensor, weight: Tensor, targets: Tensor) -> Callable[[], Tensor] |
 
     loss = LigerFusedLinearCrossEntropyLoss()
     return lambda: loss(weight, x.flatten(0, 1), targets.flatten())
+
+
+if __name__ == "__main__":
+    for found in check_losses(
+        TINY_LOSSES if "tiny" in sys.argv else LOSSES, Device(**json.loads(sys.argv[1]))
+    ):
+        say(found)

@@ -1,17 +1,28 @@
-"""Clocks, rates and memory of one device, a CPU among them."""
+"""Clocks, rates and memory of one device, a CPU among them.
+
+`python -m bench.gpu.measuring [tiny]` says what this one is."""
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.gpu.processes import say
+
 WARM_UP = 3
+HIDDEN_S = 4e-3
+"""A GPU sleeps so long before a call that is timed: the host has launched all of it by then."""
+CYCLES_PER_S = 1.7e9
+FLUSHED_BYTES = 2**28
+"""Written before each call: more than caches hold, so that operands come from memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,17 +46,33 @@ def synchronise() -> None:
 
 
 def seconds(call: Callable[[], Any], repeats: int = 10) -> float:
-    """The median of so many calls, each with what the device still has to do for it."""
+    """The median of so many calls: on a GPU of the device's time alone, its caches cold."""
     for _ in range(WARM_UP):
         call()
-    found = []
-    for _ in range(repeats):
-        synchronise()
-        start_s = time.perf_counter()
-        call()
-        synchronise()
-        found.append(time.perf_counter() - start_s)
-    return statistics.median(found)
+    once = _on_gpu if torch.cuda.is_available() else _on_cpu
+    return statistics.median(once(call) for _ in range(repeats))
+
+
+def _on_cpu(call: Callable[[], Any]) -> float:
+    start_s = time.perf_counter()
+    call()
+    return time.perf_counter() - start_s
+
+
+def _on_gpu(call: Callable[[], Any]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _flushed().zero_()
+    torch.cuda._sleep(int(HIDDEN_S * CYCLES_PER_S))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+@cache
+def _flushed() -> Tensor:
+    return torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
@@ -69,13 +96,13 @@ def distance(got: Tensor, wanted: Tensor) -> float:
 def this_device(tiny: bool) -> Device:
     cuda = torch.cuda.is_available()
     kind, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    elements, side = (2**20, 256) if tiny else (2**28, 8192)
+    elements, side = (2**20, 256) if tiny else (2**29, 8192)
     source = torch.ones(elements, dtype=dtype, device=kind)
     target = torch.empty_like(source)
-    copied = seconds(lambda: target.copy_(source), 5)
-    source = target = source[:0].clone()
-    matrix = torch.ones(side, side, dtype=dtype, device=kind)
-    product = seconds(lambda: matrix @ matrix, 5)
+    copied = seconds(lambda: target.copy_(source))
+    # random numbers: products of equal ones take less power, and run at a higher clock
+    matrix = torch.randn(side, side, device=kind).to(dtype)
+    product = seconds(lambda: matrix @ matrix)
     return Device(
         name=torch.cuda.get_device_name() if cuda else "cpu",
         kind=kind,
@@ -83,3 +110,7 @@ def this_device(tiny: bool) -> Device:
         flops=2.0 * side**3 / product,
         memory_bytes=torch.cuda.get_device_properties(0).total_memory if cuda else 0,
     )
+
+
+if __name__ == "__main__":
+    say(asdict(this_device("tiny" in sys.argv)))

@@ -19,22 +19,32 @@ def page(results: dict[str, Any]) -> str:
     ]
     for section, words in (("loss", "The loss"), ("kernels", "Kernels")):
         lines += _table(words, results.get(section), KERNELS)
-    lines += _table("What else has landed", results.get("landed"), LANDED)
     lines += _table("Training", results.get("training"), TRAINING)
+    lines += _table("What else has landed", results.get("landed"), LANDED)
+    lines += _table("Calibration and tuning", results.get("tools"), TOOLS)
     return "\n".join(lines) + "\n"
 
 
 KERNELS = {
     "case": "of", "name": "kernel", "right": "right", "error": "error", "bound_s": "bound",
-    "kernel_s": "ours", "eager_s": "eager", "compiled_s": "compiled", "liger_s": "Liger",
-    "kernel_peak_bytes": "memory", "eager_peak_bytes": "eager's", "failed": "failed",
+    "kernel_s": "ours", "of_copy": "of the copy's rate", "eager_s": "eager",
+    "compiled_s": "compiled", "liger_s": "Liger", "kernel_peak_bytes": "memory",
+    "eager_peak_bytes": "eager's", "note": "note", "failed": "failed",
 }  # fmt: skip
-LANDED = {"name": "program", "right": "right", "distance": "off by", "failed": "failed"}
+LANDED = {
+    "name": "program", "right": "right", "distance": "off by", "peak_bytes": "memory",
+    "predicted_bytes": "predicted", "failed": "failed",
+}  # fmt: skip
+TOOLS = {
+    "name": "what", "right": "right", "took_s": "took", "copy_ratio": "memory's rate to the copy's",
+    "product_ratio": "the fastest product to the product", "tile": "tile", "warps": "warps",
+    "gain": "gain over the rule", "use": "use", "failed": "failed",
+}  # fmt: skip
 TRAINING = {
     "case": "model", "layers": "layers", "who": "trained by", "tokens_per_s": "tokens/s",
-    "mfu": "of the product's rate", "step_s": "step", "predicted_s": "predicted",
-    "time_ratio": "time to ours", "peak_bytes": "memory", "predicted_bytes": "predicted ",
-    "memory_ratio": "memory to ours", "failed": "failed",
+    "mfu": "MFU", "of_product": "of the product's rate", "step_s": "step",
+    "predicted_s": "predicted", "time_ratio": "time to ours", "peak_bytes": "memory",
+    "predicted_bytes": "predicted ", "memory_ratio": "memory to ours", "failed": "failed",
 }  # fmt: skip
 
 
@@ -62,7 +72,7 @@ def _cell(key: str, value: Any) -> str:
         return f"{1e3 * value:.3g} ms"
     if key.endswith("_bytes"):
         return f"{value / 2**30:.3g} GiB"
-    if key == "mfu":
+    if key in ("mfu", "of_product", "of_copy"):
         return f"{100 * value:.1f} %"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
