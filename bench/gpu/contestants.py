@@ -169,8 +169,8 @@ def _trained(
 
 
 def contestants(case: Case, cuda: bool) -> list[str]:
-    """Who can take part here, besides emitted programs; on a CPU, where only the benchmark itself is
-    tested, one model of Hugging Face's is enough."""
+    """Who can take part here, besides emitted programs. On a CPU, where only the benchmark itself
+    is tested, one model of Hugging Face's is enough."""
     found = ["plain compiled"] * cuda + ["plain"]
     if importlib.util.find_spec("transformers") and (cuda or case.model == "llama"):
         found.append("hugging face")
