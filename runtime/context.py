@@ -113,6 +113,7 @@ def _exchange(x: Tensor, axis: Axis, to_heads: bool) -> Tensor:
         ranks_first = _by_rank(x, 1, axis)
     out = torch.empty_like(ranks_first)
     dist.all_to_all_single(out, ranks_first, group=axis.group)
+    del ranks_first  # what follows makes a copy
     return _in_order(out, 1) if to_heads else out.movedim(0, 2).flatten(2, 3)
 
 

@@ -230,7 +230,7 @@ def _odd_polynomial(x: Tensor, coefficients: list[float]) -> Tensor:
 
 def _shift_right(z: Tensor, by: int) -> Tensor:
     """Logical: int64 has only the arithmetic shift."""
-    return (z >> by) & (_MASK >> by)
+    return (z >> by).bitwise_and_(_MASK >> by)
 
 
 def _signed(value: int) -> int:

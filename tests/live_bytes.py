@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from llmspec.compiler.driver import Session, compile_plan
 from llmspec.compiler.dryrun.live import LiveBytes, resizes_seen
 from llmspec.compiler.plan import Plan
+from llmspec.compiler.precision import TORCH, Precision, precision_of
 from llmspec.compiler.verify.run import mesh_sizes
 from tests.processes import run
 
@@ -89,8 +90,24 @@ def _watch_host(host: Any, live: LiveBytes) -> None:
     host.empty, host.stands_on_host = unseen, counted
 
 
+def _optimizer(models: Any, precision: Precision, seed: int) -> Any:
+    """As train.py makes it."""
+    how: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    if not precision.own_update:
+        return importlib.import_module("runtime.optimizers").adamw(models, **how)
+    how["moments"] = getattr(torch, TORCH[precision.moments].removeprefix("torch."))
+    if precision.stochastic:
+        how |= {"rounding": "stochastic", "seed": seed}
+    return importlib.import_module("runtime.short_optimizers").adamw(models, **how)
+
+
 def _rank(
-    rank: int, folder: str, sizes: dict[str, int], seed: int, offload: tuple[str, ...] = ()
+    rank: int,
+    folder: str,
+    sizes: dict[str, int],
+    seed: int,
+    offload: tuple[str, ...],
+    precision: Precision,
 ) -> Measured:
     sys.path.insert(0, folder)
     for name in [
@@ -100,11 +117,8 @@ def _rank(
     train = importlib.import_module("train")
     mesh = importlib.import_module("runtime.mesh").Mesh.create("cpu", **sizes)
     batches = importlib.import_module("runtime.batches")
-    optimizers = importlib.import_module("runtime.optimizers")
     trainer = train.Trainer(mesh)
-    optimizer = optimizers.adamw(
-        trainer.models, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1
-    )
+    optimizer = _optimizer(trainer.models, precision, seed)
     host = importlib.import_module("runtime.host") if offload else None
     if "optimizer" in offload:
         optimizer = importlib.import_module("runtime.host_optimizer").on_host(optimizer, mesh)
@@ -141,5 +155,6 @@ def measure(session: Session, plan: Plan) -> list[Measured]:
     with tempfile.TemporaryDirectory() as folder:
         compile_plan(session, plan, Path(folder))
         sizes = mesh_sizes(plan)
-        seed = session.program.train.seed
-        return run(plan.mesh.world_size, _rank, folder, sizes, seed, plan.offload)
+        train = session.program.train
+        more = train.seed, plan.offload, precision_of(train)
+        return run(plan.mesh.world_size, _rank, folder, sizes, *more)

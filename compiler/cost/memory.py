@@ -43,6 +43,7 @@ class Residence:
     receives: its input comes from one. message_bytes: of values of others that wait to be used.
     split: backwards are in two parts; gradients of the first are whole until the second.
     whole_sums: ZeRO 1 keeps whole sums of gradients even of a single micro-batch.
+    standing: gradients have a place all the time, of published software.
     """
 
     zero: int
@@ -56,6 +57,7 @@ class Residence:
     receives: bool = False
     message_bytes: int = 0
     whole_sums: bool = False
+    standing: bool = False
 
     @property
     def parts(self) -> Parts:
@@ -64,13 +66,11 @@ class Residence:
     @property
     def first_is_fullest(self) -> bool:
         """All micro-batches are in flight as the first backward begins, and gradients come as it
-        goes; data ranks have buckets for theirs all the time."""
-        return (
-            self.zero == 0
-            and self.data == 1
-            and not self.split
-            and self.in_flight >= self.microbatches
-        )
+        goes, or this rank's parts of them; data ranks that share none have buckets for theirs all
+        the time."""
+        come = self.sums_each_time and not self.standing
+        come |= self.zero == 0 and self.data == 1
+        return come and not self.split and self.in_flight >= self.microbatches
 
     @property
     def sums_each_time(self) -> bool:
@@ -118,7 +118,7 @@ def moving_bytes(stage: Stage, home: Residence, types: Types, machine: Machine) 
     return peak.total - stays - round(home.in_flight * sent)
 
 
-def _gradient_bytes(stage: Stage, home: Residence, types: Types) -> int:
+def gradient_bytes(stage: Stage, home: Residence, types: Types) -> int:
     """ZeRO 1 keeps whole sums while it has micro-batches to add up, in the type of the reduction;
     the reduced parts come as these go."""
     if home.zero == 0:
@@ -134,7 +134,7 @@ def gathered_bytes(stage: Stage, home: Residence, types: Types) -> int:
     """Weights in the compute type beyond what is stored, from the first moment to the last."""
     if home.zero == 0:
         # buckets on their way in another type come later, when activations have made room
-        return stage.largest_elements * (types.compute if types.mixed else types.gradients)
+        return stage.largest_elements * types.compute if types.mixed else 0
     if home.zero == 3:
         # the root stays from its forward to its backward; see `passing` for the rest
         root = 0 if home.gathers_experts else stage.root_expert_elements
@@ -184,30 +184,39 @@ def passing(stage: Stage, home: Residence, types: Types, in_place: bool) -> Arou
     runs = tuple((run.count, _zero_elements(run, home)) for run in reversed(stage.runs))
     several = home.in_flight > 1
     sums = _Sums(home.zero, home.shards, home.expert_shards, home.sums_each_time, several)
-    return _passing(runs, sums, types, in_place)
+    # what was summed last, the root, waits for the next micro-batch's first sum
+    again = home.zero > 1 and home.microbatches > 1
+    root = stage.root_elements - (stage.root_expert_elements if home.gathers_experts else 0)
+    return _passing(runs, sums, types, in_place, root if again else 0)
 
 
 @lru_cache(maxsize=1 << 16)
 def _passing(
-    runs: tuple[tuple[int, tuple[int, int]], ...], sums: _Sums, types: Types, in_place: bool
+    runs: tuple[tuple[int, tuple[int, int]], ...],
+    sums: _Sums,
+    types: Types,
+    in_place: bool,
+    root: int,
 ) -> Around:
-    """`runs`: (uses, elements of the unit of each, and of its experts')."""
+    """`runs`: (uses, elements of the unit of each, and of its experts'). root: elements of what has
+    been summed before."""
     sizes = [(0, 0), *(own for _, own in runs), (0, 0)]
     out: list[dict[int, Passing]] = []
-    done = 0
-    for (count, _), after, own, before in zip(runs, sizes, sizes[1:], sizes[2:], strict=False):
+    done, summed = 0, (root, 0)
+    for (count, _), own, before in zip(runs, sizes[1:], sizes[2:], strict=False):
         found: dict[int, Passing] = {}
         end = count - 1
         for place in dict.fromkeys((0, min(1, end), end)):
             if sums.zero == 0:
                 found[place] = NOTHING, NOTHING
                 continue
-            earlier, later = (own if place else after), (own if place < end else before)
+            earlier, later = (own if place else summed), (own if place < end else before)
             two = _zero_3(own, later, types) if sums.zero == 3 else (NOTHING, NOTHING)
             if not in_place:
                 two = _summing(two, earlier, own, done + place * sum(own), sums, types)
             found[place] = two
         done += count * sum(own)
+        summed = own if sum(own) else summed
         out.append(found)
     return out
 
@@ -290,8 +299,18 @@ class Moment(NamedTuple):
 
 
 Backwards = Callable[[float, int], Moment]
-"""(micro-batches in flight, bytes of each gradient that comes meanwhile) -> the fullest moment of
-one micro-batch's backward."""
+"""(micro-batches in flight, bytes of each gradient that comes meanwhile and stays) -> the fullest
+moment of one micro-batch's backward."""
+
+
+def coming_elements(run: Run, home: Residence) -> int:
+    """Whose gradients stay after one use has gone backward: with ZeRO this rank's parts, the root's
+    at the end of all."""
+    if home.zero == 0:
+        return run.cost.elements
+    if not run.repeated:
+        return 0
+    return home.parts.largest(run.cost.elements, run.cost.expert_elements)
 
 
 def fullest(stage: Stage, home: Residence, types: Types, backward: Backwards) -> Moment:
@@ -300,12 +319,12 @@ def fullest(stage: Stage, home: Residence, types: Types, backward: Backwards) ->
     them, with less in flight."""
     if not home.first_is_fullest:
         peak = backward(home.in_flight, 0)
-        return peak._replace(gradients=_gradient_bytes(stage, home, types))
+        return peak._replace(gradients=gradient_bytes(stage, home, types))
     first = backward(home.in_flight, types.gradients)
     if home.microbatches == 1:
         return first
     second = backward(home.in_flight - 1, 0)
-    second = second._replace(gradients=types.gradients * stage.elements)
+    second = second._replace(gradients=gradient_bytes(stage, home, types))
     return max(first, second, key=lambda moment: moment.total)
 
 
@@ -338,7 +357,7 @@ def _peak(
     worst, most = Moment(), 0
     for index, (run, uses) in enumerate(zip(reversed(stage.runs), around, strict=True), 1):
         held, returning = run.kept_bytes(*casts), run.returning_bytes(*casts)
-        grown = coming * run.cost.elements
+        grown = coming * coming_elements(run, home) if coming else 0
         working = working_bytes(run, home, casts)
         # uses between the second and the last are like these, and what changes does so evenly
         for place, (during, after) in uses.items():

@@ -18,6 +18,7 @@ from llmspec.compiler.cost.memory import (
     Residence,
     backwards,
     cast_bytes,
+    coming_elements,
     fullest,
     gathered_bytes,
     ledger,
@@ -163,7 +164,7 @@ def _backwards(stage: Stage, home: Residence, types: Types, in_place: bool) -> B
         below, made = stays, 0
         worst, most = Moment(), 0
         for i, use in reversed(list(enumerate(runs))):
-            grown = coming * use.elements
+            grown = coming * use.coming
             # from one use to the one before it sums change evenly, but at both ends of a run
             for place in sorted({*around[i], max(use.count - 2, 0)}):
                 during, after = around[i].get(place) or around[i][1]
@@ -189,7 +190,8 @@ def _backwards(stage: Stage, home: Residence, types: Types, in_place: bool) -> B
 @dataclass(frozen=True, slots=True)
 class _Use:
     """Each of `count` uses of a unit: bytes that stay on the device, that leave it, that
-    recomputing makes, of its input, of its worst operator's backward; elements of its weights."""
+    recomputing makes, of its input, of its worst operator's backward; elements of its weights whose
+    gradients stay."""
 
     count: int
     stays: int
@@ -197,7 +199,7 @@ class _Use:
     again: int
     input_bytes: int
     working: int
-    elements: int
+    coming: int
 
 
 def _use(run: Run, home: Residence, casts: tuple[int, int]) -> _Use:
@@ -209,7 +211,7 @@ def _use(run: Run, home: Residence, casts: tuple[int, int]) -> _Use:
         again=run.returning_bytes(*casts),
         input_bytes=run.cost.input_bytes,
         working=working_bytes(run, home, casts),
-        elements=run.cost.elements,
+        coming=coming_elements(run, home),
     )
 
 

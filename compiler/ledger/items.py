@@ -119,8 +119,9 @@ def _stored(
     elements of another stage's weights."""
     sizes = [u.count * u.run.cost.elements for u in uses] + [tied]
     # gradients that come as the only backward goes are those of its last units
-    whole = types.gradients * sum(sizes)
-    coming = home.zero == 0 and home.data == 1 and total.gradients < whole
+    experts = [u.count * u.run.cost.expert_elements for u in uses] + [0]
+    whole = types.gradients * home.parts.largest(sum(sizes), sum(experts))
+    coming = home.first_is_fullest and total.gradients < whole
     for part, what in (
         ("parameters", "weights as stored"),
         ("gradients", "gradients so far" if coming else "gradients"),
@@ -128,7 +129,8 @@ def _stored(
     ):
         size = getattr(total, part)
         if part == "gradients" and coming:
-            shares = from_the_end(size, [types.gradients * n for n in sizes])
+            parts = [home.parts.largest(*both) for both in zip(sizes, experts, strict=True)]
+            shares = from_the_end(size, [types.gradients * n for n in parts])
         else:
             shares = shared_out(size, sizes)
         yield Item(part, f"{what}, copies of another stage's", "", 0, shares.pop())

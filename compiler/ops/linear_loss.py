@@ -96,12 +96,13 @@ def _chunk(node: fx.Node, shapes: Shapes) -> int:
 
 
 def _buffers(node: fx.Node, shapes: Shapes, element: int) -> int:
-    """Logits of a chunk, and copies of some of its rows in float32; of its hidden states one
-    without what is no target."""
-    _, vocabulary, width = _sizes(shapes)
+    """The hidden states, which nobody keeps; logits of a chunk, and copies of some of its rows in
+    float32; of its hidden states one without what is no target."""
+    every, vocabulary, width = _sizes(shapes)
     rows = _chunk(node, shapes)
     copies = copied_bytes(rows, vocabulary, element)
-    return element * rows * vocabulary + max(copies, element * rows * width)
+    chunk = element * rows * vocabulary + max(copies, element * rows * width)
+    return element * every * width + chunk
 
 
 def _kernels(

@@ -161,7 +161,9 @@ class Bounds:
             summed = zero == 0 and grid.data * grid.context > 1
             summed |= zero == 1 and outline.microbatches > 1
             shared = whole.elements - whole.expert_elements
-            stored += types.gradients * (shared if summed else part if zero else 0)
+            # parts come as a backward goes that finds all micro-batches in flight
+            parted = zero > 0 and outline.microbatches > grid.pipeline
+            stored += types.gradients * (shared if summed else part if parted else 0)
             stored += types.compute * shared if zero in (1, 2) else 0
         flying = evenest(stored, kept, grid.pipeline, outline.microbatches)
         return self.machine.fixed_bytes + flying

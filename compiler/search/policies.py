@@ -13,7 +13,14 @@ import numpy as np
 
 from llmspec.compiler.cost.fused import Computing, computing
 from llmspec.compiler.cost.hardware import Machine
-from llmspec.compiler.cost.memory import Residence, cast_bytes, moving_bytes, passing, working_bytes
+from llmspec.compiler.cost.memory import (
+    Residence,
+    cast_bytes,
+    gradient_bytes,
+    moving_bytes,
+    passing,
+    working_bytes,
+)
 from llmspec.compiler.cost.offload import ACTIVATIONS, Offload, ledgers
 from llmspec.compiler.cost.recompute import Again, Flow, Operators, flow_of
 from llmspec.compiler.cost.stage import Run, Stage
@@ -345,7 +352,7 @@ def fitting(
         if home.first_is_fullest and home.microbatches > 1:
             # the backward after the first finds all gradients, and one micro-batch less
             sent = bare.output_bytes if home.sends_on else 0
-            spare += sent - types.gradients * bare.elements
+            spare += sent - gradient_bytes(bare, home, types)
             fewer = replace(home, in_flight=home.in_flight - 1)
             kept, _ = _limits(of_each, fewer, casts, spare, beside)
             kept_bytes = min(kept_bytes, kept * home.in_flight / fewer.in_flight)

@@ -72,6 +72,7 @@ class Pricing:
             in_flight=1,
             sends_on=False,
             whole_sums=self.machine.short_weights,
+            standing="gradients" in self.machine.fused,
         )
         if zero == 0 and self.machine.short_weights:
             # what is kept is ZeRO 1's, of one rank

@@ -1,8 +1,11 @@
-"""The ledger's peak against the bytes alive at once while the emitted program really runs."""
+"""The ledger's peak against the bytes alive at once while the emitted program really runs: within
+3 % of it. And each way to save against the plan without it: the peak falls by what the ledgers say,
+within 5 % of the fall."""
 
 from __future__ import annotations
 
 from functools import cache
+from statistics import mean
 
 import pytest
 
@@ -35,12 +38,16 @@ CASES = {
 }
 
 
-def spec_text(model: str, devices: int, pins: str) -> str:
+def spec_text(model: str, devices: int, pins: str, precision: str = "fp32") -> str:
     return f"""{model}
+cpu {{
+    memory = 30 GiB at 20 GB/s; link = gloo 1 GB/s
+    peak   = {{ fp32: 100 GFLOP/s, bf16: 100 GFLOP/s, fp16: 100 GFLOP/s }}
+}}
 cluster c {{ node = {devices} * cpu }}
 train t {{
     model = m; cluster = c; dataset = synthetic(); steps = 10
-    batch = 8 sequences; precision = fp32
+    batch = 8 sequences; precision = {precision}
 }}
 plan {{ {pins} }}
 """
@@ -48,37 +55,91 @@ plan {{ {pins} }}
 
 @cache
 def peaks(text: str) -> tuple[int, int]:
-    """(predicted, measured) bytes of the fullest rank."""
+    """(predicted, measured) bytes of the fullest rank; where routers send some ranks more tokens
+    than others, what those have on average, which is what the ledger counts."""
     session, plan = planned(text)
     parts = plan.predicted["predicted"]["memory_bytes"]
     predicted = sum(size for part, size in parts.items() if part != "fixed")
-    return predicted, max(rank.peak for rank in measure(session, plan))
+    measured = [rank.peak for rank in measure(session, plan)]
+    return predicted, round(mean(measured) if plan.mesh.expert > 1 else max(measured))
 
 
-def check_peak(model: str, pins: str, within: float = 0.02) -> None:
-    predicted, peak = peaks(spec_text(MODELS[model], CASES[pins], pins))
-    assert peak == pytest.approx(predicted, rel=within)
+def check_peak(text: str) -> None:
+    predicted, peak = peaks(text)
+    assert peak == pytest.approx(predicted, rel=0.03)
 
 
-def check_fall(before: str, after: str, of_peak: float = 0.0) -> None:
-    """Between two specs: what is measured is what the plans say, within 5 % and `of_peak` of the
-    larger peak."""
+def check_fall(before: str, after: str) -> None:
     predicted, whole = peaks(before)
     predicted_less, less = peaks(after)
     assert whole > less
-    off = abs(predicted - predicted_less - (whole - less))
-    assert off <= 0.05 * (whole - less) + of_peak * whole
+    assert predicted - predicted_less == pytest.approx(whole - less, rel=0.05)
+    check_peak(before)
+    check_peak(after)
 
 
 def test_the_peak_of_one_process():
-    check_peak("llama", "microbatch = 4")
+    check_peak(spec_text(MODELS["llama"], 1, "microbatch = 4"))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("pins", CASES)
 def test_the_peak(model: str, pins: str):
-    check_peak(model, pins)
+    check_peak(spec_text(MODELS[model], CASES[pins], pins))
+
+
+SAVE = {
+    "accumulation": (1, "microbatch = 2"),
+    "tensor": (2, "tensor = 2; sequence = off; microbatch = 8"),
+    "tensor and sequence": (2, "tensor = 2; sequence = on; microbatch = 8"),
+    "context, ring": (2, "context = 2; context_style = ring; zero = 0; microbatch = 8"),
+    "context, gather": (2, "context = 2; context_style = gather; zero = 0; microbatch = 8"),
+    "context, ulysses": (2, "context = 2; context_style = ulysses; zero = 0; microbatch = 8"),
+    "pipeline": (2, "pipeline = 2; schedule = gpipe; microbatch = 1"),
+    "data": (2, "data = 2; zero = 0; microbatch = 4"),
+}
+"""Against all sequences at once on one process."""
+PRECISIONS = {
+    "bf16": "bf16",
+    "pure": "bf16(master=none)",
+    "pure and short": "bf16(master=none, moments=bf16, reduce=bf16, rounding=stochastic)",
+    "fp16": "fp16",
+}
+ALL_AT_ONCE = "microbatch = 8; recompute = none"
+
+
+def check_saving(model: str, name: str) -> None:
+    devices, pins = SAVE[name]
+    whole = spec_text(MODELS[model], 1, ALL_AT_ONCE)
+    check_fall(whole, spec_text(MODELS[model], devices, f"{pins}; recompute = none"))
+
+
+def test_the_peak_falls_with_tensor_ranks():
+    check_saving("llama", "tensor and sequence")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", SAVE)
+def test_the_peak_falls_with_every_axis(model: str, name: str):
+    check_saving(model, name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_the_peak_falls_with_short_types(model: str, name: str):
+    texts = (spec_text(MODELS[model], 1, ALL_AT_ONCE, p) for p in ("fp32", PRECISIONS[name]))
+    check_fall(*texts)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("pins", CASES)
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_the_peak_of_short_types(model: str, pins: str, name: str):
+    check_peak(spec_text(MODELS[model], CASES[pins], pins, PRECISIONS[name]))
 
 
 WIDE = """
@@ -102,8 +163,7 @@ MORE = [pytest.param(style, marks=pytest.mark.long) for style in ("gather", "uly
 def test_what_context_ranks_hold_at_once(style: str, devices: int):
     """The peak is attention's own: every block is recomputed, and heads are wider than the rest."""
     pins = f"context = {devices}; context_style = {style}; zero = 0; microbatch = 8"
-    predicted, peak = peaks(spec_text(WIDE, devices, f"{pins}; recompute = full"))
-    assert peak == pytest.approx(predicted, rel=0.03)
+    check_peak(spec_text(WIDE, devices, f"{pins}; recompute = full"))
 
 
 RECOMPUTED = {"llama": ("rmsnorm", "swiglu", "attention"), "gpt": ("layernorm", "mlp", "attention")}
@@ -156,7 +216,7 @@ def check_logits(tied: str, devices: int, pins: str, patch: pytest.MonkeyPatch) 
     joined = peaks.__wrapped__(text)  # the text says nothing of what is patched
     patch.setattr(ranges, "joined_weight", lambda graph: None)
     whole = peaks.__wrapped__(text)
-    assert joined[1] <= 1.05 * joined[0]
+    assert joined[1] == pytest.approx(joined[0], rel=0.03)
     assert whole[1] - joined[1] == pytest.approx(whole[0] - joined[0], rel=0.05)
     assert joined[1] < 0.6 * whole[1]
 
@@ -199,8 +259,6 @@ def check_schedule(model: str, ranks: int, schedule: str) -> None:
     pins = f"pipeline = {ranks}; microbatch = 1; recompute = none; schedule = "
     gpipe, other = (spec_text(MODELS[model], ranks, pins + s) for s in ("gpipe", schedule))
     check_fall(gpipe, other)
-    predicted, peak = peaks(other)
-    assert peak == pytest.approx(predicted, rel=0.05)
 
 
 def test_the_peak_of_a_schedule():
@@ -229,11 +287,7 @@ model m {
 
 def check_data(model: str, ranks: int, before: str, after: str) -> None:
     pins = f"data = {ranks}; microbatch = 1; recompute = none"
-    texts = [spec_text(model, ranks, f"{pins}; {more}") for more in (before, after)]
-    # a few megabytes less of buffers that the ledger knows to a percent of the peak
-    check_fall(*texts, of_peak=0.02)
-    for predicted, peak in map(peaks, texts):
-        assert peak == pytest.approx(predicted, rel=0.05)
+    check_fall(*(spec_text(model, ranks, f"{pins}; {more}") for more in (before, after)))
 
 
 @pytest.mark.long
@@ -242,6 +296,13 @@ def check_data(model: str, ranks: int, before: str, after: str) -> None:
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_the_peak_of_every_zero_level(model: str, ranks: int, zero: int):
     check_data(MODELS[model], ranks, "zero = 0", f"zero = {zero}")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_the_peak_of_hybrid_shards(model: str, zero: int):
+    check_data(MODELS[model], 4, "zero = 0", f"zero = {zero}; shard = 2")
 
 
 def test_the_peak_of_expert_ranks():

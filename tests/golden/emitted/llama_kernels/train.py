@@ -33,7 +33,7 @@ FLOPS_PER_TOKEN = 1.44263e10  # model, not hardware
 PEAK_FLOPS = 9.89e14  # of one device, bf16, dense
 # what plan.json predicts; the run ends with what was measured beside it
 STEP_S = 0.26326
-MEMORY_BYTES = 20434571264  # 19 GiB, of tensors, on the fullest GPU
+MEMORY_BYTES = 19299422208  # 18 GiB, of tensors, on the fullest GPU
 COMPUTE = torch.bfloat16  # weights are float32
 REDUCE = torch.float32  # gradients are summed in it
 
