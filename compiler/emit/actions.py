@@ -5,8 +5,9 @@ from __future__ import annotations
 from llmspec.compiler.emit.train_file import TrainFile
 from llmspec.compiler.orders import Schedule
 
-MOST_WORDS = 4000
-"""Actions that train.py spells out; more of them it reads from plan.json."""
+MOST_WORDS = 500
+"""Actions that train.py spells out, some 50 lines; nobody reads more, and it takes them from
+plan.json."""
 
 
 def print_actions(file: TrainFile) -> None:
@@ -17,7 +18,7 @@ def print_actions(file: TrainFile) -> None:
         file.text.line("# there is time, the rest of it: the gradients of matrices")
     if name := actions_reader(file):
         total = sum(map(len, file.plan.actions))
-        file.text.line(f"# {total:,} of them, in plan.json".replace(",", "_"))
+        file.text.line(f"# {total:_} of them, in plan.json; report.html draws them")
         file.text.line(f'ACTIONS = {name}(FOLDER / "plan.json")')
         return
     if not file.ramp:

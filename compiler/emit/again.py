@@ -45,17 +45,27 @@ class Choices:
 
     def print(self, text: Text, title: str) -> None:
         """The constant that says which values each use drops."""
-        text.line(f"# What {title} drops after its forward and computes again in its backward.")
+        drops = f"{title} drops after its forward and computes again in its backward"
         if not self.differ:
+            text.line(f"# What {drops}.")
             text.line(f"# {self.words(self.of_each[0])}")
             text.line(f"{self.constant} = {_set(self.of_each[0])}")
             return
+        distinct = [operators for operators in dict.fromkeys(self.of_each) if operators]
+        names = {operators: self._name(i, len(distinct)) for i, operators in enumerate(distinct, 1)}
+        for operators, name in names.items():
+            text.line(f"# {self.words(operators)}")
+            text.line(f"{name} = {_set(operators)}")
+        text.line(f"# What {drops}.")
         text.line(f"{self.constant} = (")
         for operators, same in groupby(self.of_each):
-            if operators:
-                text.line(f"    # {self.words(operators)}")
-            text.line(f"    *{len(list(same))} * [{_set(operators)}],")
+            name, count = names.get(operators, "()"), len(list(same))
+            text.line(f"    *{count} * [{name}]," if count > 1 else f"    {name},")
         text.line(")")
+
+    def _name(self, number: int, count: int) -> str:
+        name = self.constant.replace("RECOMPUTE", "DROPPED", 1)
+        return f"{name}_{number}" if count > 1 else name
 
 
 def _set(operators: Operators) -> str:

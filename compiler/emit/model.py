@@ -129,7 +129,8 @@ class ModelPrinter:
             cuts = tuple(
                 (max(a - 1, 0), min(b - 1, len(self.chain) - 2)) for a, b in self.plan.stages
             )
-            text.line(f"STAGES = {cuts!r}  # blocks of each pipeline stage: first, stop")
+            text.line("# blocks of each pipeline stage: first, stop")
+            text.line(f"STAGES = {cuts!r}")
         self._print_choices(text)
         text.blank(2)
 
@@ -139,4 +140,5 @@ class ModelPrinter:
             if not choices.mixed:
                 continue
             which = "each" if choices.differ else "a"
+            text.blank()
             choices.print(text, f"{which} block `{quoted(unit)}`")

@@ -66,7 +66,7 @@ def print_data_moves(file: TrainFile) -> None:
     if plan.mesh.expert > 1:
         same = plan.mesh.expert_data
         rest = f"over the {same} ranks that have the same ones" if same > 1 else "nowhere else"
-        file.text.line(f"# those of experts: {rest}")
+        file.text.line(f"# gradients of experts: {rest}")
     if file.stored_on_host:
         file.text.line("# the parts are in host memory, and with them the optimizer's state")
 

@@ -35,7 +35,7 @@ from llmspec.compiler.passes.shard import shard_unit, whole_placement
 from llmspec.compiler.plan import EVERYTHING
 from llmspec.compiler.search.options import TensorOption
 from llmspec.compiler.search.recompute import corners
-from llmspec.dsl.diagnostics import Diagnostic, did_you_mean
+from llmspec.dsl.diagnostics import Diagnostic, did_you_mean, listing
 from llmspec.dsl.plans import operator_kind
 from llmspec.dsl.program import Span
 
@@ -439,12 +439,13 @@ def listed(unit: Unit, names: Sequence[str]) -> tuple[str, ...]:
 
 def check_listed(graph: ModelGraph, names: Sequence[str], span: Span) -> None:
     """Errors: Refused for a name that no block has."""
-    known: dict[str, None] = {}
-    for name in dict.fromkeys(i.unit for i in graph.instances if i.prefix):
-        for node in graph.units[name].calls():
-            for part in node.meta["scope"]:
-                known |= {operator_kind(part): None, part: None}
-            known |= {entry_of(node).name: None, node.name: None}
+    blocks = dict.fromkeys(i.unit for i in graph.instances if i.prefix)
+    words = {name: _operators(graph.units[name]) for name in blocks}
+    calls = [node for name in blocks for node in graph.units[name].calls()]
+    nodes = {n for node in calls for n in (node.name, entry_of(node).name)}
+    parts = {part for node in calls for part in node.meta["scope"]}
+    said = sorted({word for own in words.values() for word in own})
+    known = {*said, *parts, *nodes}
     for name in names:
         if name not in known:
             raise Refused(
@@ -452,6 +453,14 @@ def check_listed(graph: ModelGraph, names: Sequence[str], span: Span) -> None:
                     code="E0402",
                     message=f"no block has an operator `{name}` to recompute",
                     span=span,
-                    helps=did_you_mean(name, known),
+                    notes=tuple(f"`{b}` has {listing(own, 'and')}" for b, own in words.items()),
+                    helps=did_you_mean(name, said) or did_you_mean(name, sorted(known)),
                 )
             )
+
+
+def _operators(unit: Unit) -> list[str]:
+    """What the language calls them, or where it has no part in it, the dialect."""
+    calls = list(unit.calls())
+    named = dict.fromkeys(operator_kind(part) for node in calls for part in node.meta["scope"])
+    return list(named or dict.fromkeys(entry_of(node).name for node in calls))

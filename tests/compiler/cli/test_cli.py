@@ -262,6 +262,16 @@ def test_nothing_fits(name: str, llmspec, tmp_path: Path, golden: Golden) -> Non
     golden.check(f"cli/{name}.txt", ran.err[ran.err.index("error") :])
 
 
+@pytest.mark.parametrize("kind, name", [("unknown", "nonsense"), ("misspelt", "atention")])
+def test_an_operator_that_no_block_has(
+    kind: str, name: str, llmspec, tmp_path: Path, golden: Golden
+) -> None:
+    (tmp_path / "m.llmspec").write_text(SMALL + f"plan {{ recompute = [swiglu, {name}] }}\n")
+    ran = llmspec("plan", "m.llmspec")
+    assert ran.code == 1
+    golden.check(f"cli/recompute_{kind}.txt", ran.err[ran.err.index("error") :])
+
+
 WHY_NOT = {
     "slower": "tensor = 4, pipeline = 2",
     "too_large": "zero = 0, recompute = none, offload = none, tensor = 1, pipeline = 1",

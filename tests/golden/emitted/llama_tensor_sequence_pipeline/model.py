@@ -26,7 +26,8 @@ from runtime.parameters import Group, local, parameter
 from runtime.rotary import rotary
 
 COMPUTE = torch.bfloat16  # weights are stored in float32
-STAGES = ((0, 5), (5, 8))  # blocks of each pipeline stage: first, stop
+# blocks of each pipeline stage: first, stop
+STAGES = ((0, 5), (5, 8))
 
 
 class First(nn.Module):

@@ -47,7 +47,7 @@ class Trainer:
         self.model = Model(mesh)
         # FSDP2 gathers each unit's parameters for its forward and for its backward, and sums its
         # gradients over the data ranks after every backward; each rank keeps a part
-        # those of experts: over the 2 ranks that have the same ones
+        # gradients of experts: over the 2 ranks that have the same ones
         self.gradients = ShardedGradients(
             self.model, mesh, units=self.model.units(), zero=3, compute=COMPUTE, reduce=REDUCE
         )
