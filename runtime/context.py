@@ -7,6 +7,7 @@ before every token of the second. An axis of size 1 holds all tokens in their ow
 B batch  T tokens  t this rank's tokens, T / c  H heads  h this rank's heads, H / c  E head width
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,11 +32,30 @@ def hidden_tokens(
     axis: Axis, count: int, keys: int, device: Any, *, causal: bool, window: int | None = None
 ) -> Tensor:
     """Which of the sequence's `keys` tokens this rank's `count` must not look at: [count, keys]."""
-    query_T1, key_S = (
-        token_positions(axis, count, device)[:, None],
-        torch.arange(keys, device=device),
-    )
-    hidden_TS = torch.zeros(count, keys, dtype=torch.bool, device=device)
+    return hidden_keys(token_positions(axis, count, device), keys, causal=causal, window=window)
+
+
+def query_places(x_BHTS: Tensor, context: Axis | None = None) -> Tensor:
+    """Where queries stand among the keys that they are scored against, the last query at the last
+    key: int64 [T]. context: the ranks that share the queries."""
+    count, keys = x_BHTS.shape[2:]
+    if context is None:
+        # a tensor made under a fake-tensor mode is fake: it must not outlive it
+        places = _places if type(x_BHTS) is Tensor else _places.__wrapped__
+        return places(count, keys, x_BHTS.device)
+    return token_positions(context, count, x_BHTS.device)
+
+
+@lru_cache(maxsize=16)
+def _places(count: int, keys: int, device: Any) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(keys - count, keys, device=device)
+
+
+def hidden_keys(query_T: Tensor, keys: int, *, causal: bool, window: int | None = None) -> Tensor:
+    """Which keys a query at each of these places must not look at: [T, keys]."""
+    query_T1, key_S = query_T[:, None], torch.arange(keys, device=query_T.device)
+    hidden_TS = torch.zeros(len(query_T), keys, dtype=torch.bool, device=query_T.device)
     if causal:
         hidden_TS |= key_S > query_T1
     if window is not None:

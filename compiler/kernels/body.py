@@ -102,6 +102,9 @@ _WORDS = {
     "multiply": "product",
     "divide": "ratio",
     "row_mean": "mean",
+    "row_sum": "total",
+    "row_max": "top",
+    "seen": "seen",
     "turn": "turned",
 }
 
@@ -115,6 +118,17 @@ def plain(body: Body, e: Expr) -> Text | None:
         case "row_mean":
             x = body.expression(e.args[0]).within(ATOM)
             return Text(f"{x}.mean(-1, keepdim=True)")
+        case "row_sum":
+            x = body.expression(e.args[0]).within(ATOM)
+            return Text(f"{x}.sum(-1, keepdim=True)")
+        case "row_max":
+            x = body.expression(e.args[0]).within(ATOM)
+            return Text(f"{x}.amax(-1, keepdim=True)")
+        case "seen":
+            x, places = body.expression(e.args[0]).within(ATOM), body.argument(e.args[1])
+            keys = f"{body.names[_LIKE]}.shape[-1]"
+            hidden = f"hidden_keys({places}, {keys}, causal={_causal(e)}{_window(e)})"
+            return Text(f'{x}.masked_fill({hidden}, float("-inf"))')
         case "column_sum":
             x = body.expression(e.args[0]).within(ATOM)
             return Text(f"{x}.flatten(0, -2).sum(0)")
@@ -151,6 +165,16 @@ def in_triton(body: Body, e: Expr) -> Text | None:
         case "row_mean":
             x = _inside(body, e.args[0], "columns")
             return Text(f"tl.sum({x}, axis=1)[:, None] / COLUMNS", PRODUCT)
+        case "row_sum":
+            return Text(f"tl.sum({_inside(body, e.args[0], 'columns')}, axis=1)[:, None]")
+        case "row_max":
+            x = body.argument(e.args[0])
+            # of a row outside too there is one: what is computed of it is no NaN
+            here = f'tl.where(column < COLUMNS, {x}, float("-inf"))'
+            return Text(f"tl.max({here}, axis=1)[:, None]")
+        case "seen":
+            x, place = map(body.argument, e.args)
+            return Text(f'tl.where({_visible(e, place)}, {x}, float("-inf"))')
         case "column_sum":
             return Text(f"tl.sum({_inside(body, e.args[0], 'rows')}, axis=0)[None, :]")
         case "turn":
@@ -171,6 +195,27 @@ def in_triton(body: Body, e: Expr) -> Text | None:
     return None
 
 
+def _causal(e: Expr) -> bool:
+    assert isinstance(e.value, tuple), "what is seen"
+    return e.value[0]
+
+
+def _window(e: Expr) -> str:
+    assert isinstance(e.value, tuple), "what is seen"
+    return "" if e.value[1] is None else f", window={e.value[1]}"
+
+
+def _visible(e: Expr, place: str) -> str:
+    """Of a column, a key, and of a query's place among the keys."""
+    assert isinstance(e.value, tuple), "what is seen"
+    causal, window = e.value
+    parts = [f"(column <= {place})"] if causal else []
+    if window is not None:
+        parts.append(f"({place} - column < {window})")
+        parts += [] if causal else [f"(column - {place} < {window})"]
+    return " & ".join(parts) if len(parts) > 1 else parts[0].strip("()")
+
+
 def _inside(body: Body, e: Expr, over: str) -> str:
     """The value, 0 where the tile is larger than the tensor: what is loaded there is 0 already."""
     x = body.argument(e)
@@ -185,12 +230,27 @@ def zero_outside(e: Expr, over: str) -> bool:
         case "number":
             return e.value == 0
         case "multiply":
-            return any(zero_outside(a, over) for a in e.args)
+            zero = any(zero_outside(a, over) for a in e.args)
+            return zero and all(finite_outside(a, over) for a in e.args)
         case "add" | "subtract":
             return all(zero_outside(a, over) for a in e.args)
         case "tanh" | "erf" | "relu" | "positive":
             return zero_outside(e.args[0], over)
     return False
+
+
+def finite_outside(e: Expr, over: str) -> bool:
+    """Whether it surely is a number there: 0 times infinity is none."""
+    match e.op:
+        case "leaf" | "number" | "keep" | "row_mean" | "row_sum" | "row_max" | "positive":
+            return True
+        case "exp":
+            return zero_outside(e.args[0], over)
+        case "divide":
+            return e.args[1].op == "number" and finite_outside(e.args[0], over)
+        case "seen":
+            return False
+    return all(finite_outside(a, over) for a in e.args)
 
 
 def triton_body(roots: Sequence[Expr], names: dict[int, str]) -> Body:

@@ -110,7 +110,7 @@ def _value(one: Direction, e: Expr) -> str:
     elif found.extra is not None and found.integer:
         first, stop = found.extra.per
         count = " * ".join(map(str, whole[first:stop])) or "1"
-        step = f"{whole[-1]} * " if first else ""
+        step = f"{whole[-1]} * " if first and found.extra.drawn else ""
         return f"{step}torch.arange({count})"
     else:
         first, stop = found.place.first, found.place.stop

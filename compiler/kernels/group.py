@@ -14,7 +14,7 @@ import networkx as nx
 from torch import fx
 
 from llmspec.compiler.graph import without_gradient
-from llmspec.compiler.ops.formula import Expr, Extra, Formula, Maker, in_order
+from llmspec.compiler.ops.formula import OVER_COLUMNS, Expr, Extra, Formula, Maker, in_order
 from llmspec.compiler.ops.registry import REGISTRY, Shape, numel, shape_of, tensor_operands
 
 NEVER = 10**18
@@ -129,6 +129,8 @@ class Group:
             label = "result" if formula_of(node).alone else str(node.meta["label"])
             self.exprs[node] = made.named(_unused(label, names))
         self._operands_of = operands
+        # as calls have them: tensors, then tables and places; a mask is an argument of its own
+        self.inputs.sort(key=lambda i: i.extra is not None and not i.extra.drawn)
 
     # -- what goes in
 
@@ -334,7 +336,7 @@ class Group:
         inductor has it unless rows are reduced in the same pass (its mixed-order reductions, on
         since PyTorch 2.10): the value that is summed if it is written, else what makes it."""
         written = {id(e) for e in self.distinct_gradients}
-        whole = {id(e) for e in in_order(self.distinct_gradients) if e.op == "row_mean"}
+        whole = {id(e) for e in in_order(self.distinct_gradients) if e.op in OVER_COLUMNS}
         total = 0
         for e in self.distinct_gradients if not whole else ():
             if e.op == "column_sum":

@@ -112,12 +112,13 @@ def _render(group: Group, args: Sequence[str]) -> Printed:
     like = next(t for t, i in zip(texts, given, strict=True) if i.place.full and i.place.columns)
     imports: list[tuple[str, str]] = [("", "kernels")]
     drawn = list(args[len(given) :])
-    for node in group.members:
+    for node in sorted(group.members, key=lambda n: formula_of(n).draws):  # a mask comes last
         formula = formula_of(node)
         local = node.meta.get("localised", Localised())
         # the mask is asked for by the shape of what it falls on, rotary tables by the operand's
         numbers = [a if isinstance(a, fx.Node) else repr(a) for a in node.args]
-        own = [like, *(drawn if formula.draws else []), *map(str, numbers[len(drawn) + 1 :])]
+        mask = drawn if formula.draws else []
+        own = [like, *mask, *map(str, numbers[len(mask) + 1 :])]
         found = formula.given(node, own, local)
         texts += found.texts
         imports += found.imports

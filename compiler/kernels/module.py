@@ -91,6 +91,8 @@ class KernelPrinter:
         self.imports.add(("runtime.fused", "wide"))
         if any(e.op == "turn" for e in one.order):
             self.imports.add(("runtime.fused", "turned"))
+        if any(e.op == "seen" for e in one.order):
+            self.imports.add(("runtime.context", "hidden_keys"))
         if one.draws:
             self.imports.add(("runtime.random", "keep_scaled"))
         with t.block(f"def {one.name}_plain({one.parameters}) -> {one.returns}:"):

@@ -19,6 +19,8 @@ WORDS = {
     "gelu_tanh": "gelu",
     "context_dropout": "dropout",
     "context_rotary": "rotary",
+    "masked_softmax": "softmax",
+    "context_masked_softmax": "softmax",
 }
 
 

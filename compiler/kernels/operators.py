@@ -72,7 +72,7 @@ class OperatorPrinter:
                 t.line(f"{', '.join(given)} = output")
             t.line(f"ctx.save_for_backward({', '.join(self.kept)})")
             if self.extras:  # no activations: all layers share them
-                t.line(f"ctx.extras = {', '.join(self.extras)}")
+                t.line(f"ctx.extras = {_unpacked(self.extras)}")
             for name in summed:
                 t.line(f"ctx.{name}_shape = {name}.shape")
         t.blank(2)
@@ -122,7 +122,7 @@ class OperatorPrinter:
         t, group = self.text, self.group
         given, parameters = [], []
         for i in group.inputs:
-            drawn = i.extra is not None and i.integer
+            drawn = i.extra is not None and i.extra.drawn
             given.append(f"mask.{i.extra.name}" if drawn and i.extra else i.name)
             parameters += [] if drawn else [f"{i.name}: Tensor"]
         if self.forward.draws:

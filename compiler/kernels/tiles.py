@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmspec.compiler.kernels.group import Group
-from llmspec.compiler.ops.formula import Expr, in_order
+from llmspec.compiler.ops.formula import OVER_COLUMNS, Expr, in_order
 
 REGISTERS = 48 * 1024
 """Numbers of 4 bytes that one program may hold: three quarters of a multiprocessor's 65,536
@@ -18,7 +18,7 @@ registers; the rest is addresses."""
 
 
 def reduces_rows(roots: Sequence[Expr]) -> bool:
-    return any(e.op == "row_mean" for e in in_order(roots))
+    return any(e.op in OVER_COLUMNS for e in in_order(roots))
 
 
 def alive(roots: Sequence[Expr]) -> int:

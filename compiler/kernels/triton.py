@@ -92,7 +92,7 @@ class TritonPrinter:
             at, mask = "column", "column < COLUMNS"
         elif e.columns:
             at, mask = "at" if self.one.full(e) else f"({at}) * COLUMNS + column", "inside"
-        rest = "" if integer else ", other=0.0"
+        rest = ", other=0" if integer else ", other=0.0"
         loaded = f"tl.load({name}_ptr + {at}, mask={mask}{rest})"
         self.text.line(f"{name} = {loaded}{'' if integer else WIDE}")
 

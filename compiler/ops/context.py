@@ -35,7 +35,7 @@ from llmspec.compiler.ops.registry import (
     register,
     shape_of,
 )
-from llmspec.compiler.ops.weights import masked_softmax
+from llmspec.compiler.ops.weights import masked_softmax, softmax
 from llmspec.compiler.placement import SHADOW, WHOLE, Collective, Kind, Split, State
 
 AXIS = "self.context"
@@ -216,6 +216,7 @@ def _as(
             flops=like.flops,
             saved=like.saved,
             render=render,
+            moved=like.moved,
             formula=formula,
         )
     )
@@ -275,4 +276,4 @@ def _render_softmax(node: fx.Node, args: Sequence[str], _: Localised) -> Printed
 _as(rotary, context_rotary, _render_rotary, turning(f", context={AXIS}"))
 _as(positions, context_positions, _render_positions)
 _as(dropout, context_dropout, _render_dropout, dropouts.formula(_part))
-_as(masked_softmax, context_masked_softmax, _render_softmax)
+_as(masked_softmax, context_masked_softmax, _render_softmax, softmax(f", context={AXIS}"))

@@ -95,8 +95,8 @@ def _tuple(parts: Sequence[str]) -> str:
 def _extras(node: fx.Node) -> tuple[Extra, ...]:
     last = len(shape_of(node)) - 1
     return (
-        Extra(name="samples", per=(0, 1), columns=False, integer=True),
-        Extra(name="places", per=(1, last), columns=False, integer=True),
+        Extra(name="samples", per=(0, 1), columns=False, integer=True, drawn=True),
+        Extra(name="places", per=(1, last), columns=False, integer=True, drawn=True),
     )
 
 

@@ -16,24 +16,30 @@ from typing import Any
 from torch import fx
 
 Number = int | float
+Seen = tuple[bool, int | None]
+"""Of keys: none after the query; fewer than so many before it (and after it)."""
 
 ARITHMETIC = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
+OVER_COLUMNS = ("row_mean", "row_sum", "row_max")
+"""Of a row's values one."""
 FUNCTIONS = ("sigmoid", "tanh", "erf", "exp", "rsqrt", "relu", "positive")
 """Of one value. `positive`: 1 where it is above zero, else 0."""
 
 
 @dataclass(eq=False, slots=True, repr=False)
 class Expr:
-    """One value. op: `leaf`, `number`, one of ARITHMETIC or FUNCTIONS, `row_mean`, `column_sum`,
-    `turn` ((a, b) -> (-b, a) of a row's halves), or `keep` (a dropout's mask, scaled).
+    """One value. op: `leaf`, `number`, one of ARITHMETIC, FUNCTIONS or OVER_COLUMNS, `column_sum`,
+    `turn` ((a, b) -> (-b, a) of a row's halves), `keep` (a dropout's mask, scaled), or `seen` (x
+    in columns that stand for keys that the row's query sees, else minus infinity).
 
-    value: a number, or a leaf's name. label: what a reader would call it, if anything.
+    value: a number, a leaf's name, or what is seen. label: what a reader would call it, if
+        anything.
     """
 
     maker: Maker = field(repr=False)
     op: str
     args: tuple[Expr, ...]
-    value: Number | str | None
+    value: Number | str | Seen | None
     rows: bool
     columns: bool
     label: str = ""
@@ -81,7 +87,7 @@ class Maker:
         self,
         op: str,
         args: Sequence[Expr] = (),
-        value: Number | str | None = None,
+        value: Number | str | Seen | None = None,
         *,
         rows: bool | None = None,
         columns: bool | None = None,
@@ -134,6 +140,12 @@ class Maker:
     def row_mean(self, x: Expr) -> Expr:
         return self.make("row_mean", (x,), rows=x.rows, columns=False)
 
+    def row_sum(self, x: Expr) -> Expr:
+        return self.make("row_sum", (x,), rows=x.rows, columns=False)
+
+    def row_max(self, x: Expr) -> Expr:
+        return self.make("row_max", (x,), rows=x.rows, columns=False)
+
     def turn(self, x: Expr) -> Expr:
         return self.make("turn", (x,))
 
@@ -155,13 +167,14 @@ def _negated(x: Expr) -> Expr | None:
 class Extra:
     """A tensor that an operator reads besides its operands: a table, or what a mask is drawn from.
 
-    per: of the result's dimensions those that it runs along, as (first, stop).
+    per: of the result's dimensions those that it runs along, as (first, stop). drawn: a dropout's.
     """
 
     name: str
     per: tuple[int, int]
     columns: bool
     integer: bool = False
+    drawn: bool = False
 
 
 @dataclass(frozen=True, slots=True)

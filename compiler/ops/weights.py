@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from llmspec.compiler.ops.attention import mask
+from llmspec.compiler.ops.formula import Expr, Extra, Formula, Given, Maker, Seen
 from llmspec.compiler.ops.registry import (
     Entry,
     Localised,
@@ -98,6 +99,59 @@ def _render_softmax(node: fx.Node, args: Sequence[str], _: Localised) -> Printed
     )
 
 
+def softmax(given: str = "") -> Formula:
+    """Softmax over the keys that a query sees. given: what the call says of the queries' places."""
+
+    def masked(node: fx.Node) -> bool:
+        _, causal, window = node.args
+        return bool(causal) or window is not None
+
+    def value(node: fx.Node, m: Maker, x: Sequence[Expr]) -> Expr:
+        scores = x[0]
+        if masked(node):
+            causal, window = node.args[1:]
+            assert window is None or isinstance(window, int), "in tokens"
+            kind: Seen = (bool(causal), window)
+            scores = m.make("seen", (x[0], x[-1]), kind, rows=True, columns=True).named("seen")
+        above = m.apply("exp", scores - m.row_max(scores).named("top")).named("above")
+        return above / m.row_sum(above).named("total")
+
+    def gradient(
+        node: fx.Node, m: Maker, x: Sequence[Expr], y: Expr, g: Expr
+    ) -> Sequence[Expr | None]:
+        # what is hidden has a weight of 0, and so a gradient of 0
+        return (y * (g - m.row_sum(g * y).named("along")),)
+
+    queries = Extra(name="queries", per=(2, 3), columns=False, integer=True)
+
+    def places(node: fx.Node, args: Sequence[str], _: Localised) -> Given:
+        if not masked(node):
+            return Given()
+        text = f"query_places({args[0]}{given})"
+        return Given((text,), (("runtime.context", "query_places"),))
+
+    return Formula(
+        value=value,
+        gradient=gradient,
+        extras=lambda node: (queries,) if masked(node) else (),
+        given=places,
+    )
+
+
+def _softmax_moved(
+    node: fx.Node, shapes: Shapes, width: int, fused: frozenset[str]
+) -> tuple[float, float]:
+    """A copy that is masked, the softmax of it in float32, and that in the short type; back the
+    same way."""
+    causal, window = node.args[1:]
+    wide = max(width, 4)
+    masking = 2 * width if causal or window is not None else 0
+    typed = wide + width if wide > width else 0
+    forward, backward = masking + width + wide + typed, typed + 2 * wide + width + masking
+    elements = numel(shapes.result)
+    return float(forward * elements), float(backward * elements)
+
+
 def _render_mixture(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
     weights, v = node.args
     values = _grouped(args[1], v, shape_of(weights)[1])  # type: ignore[arg-type]
@@ -133,5 +187,7 @@ register(
         flops=lambda node, shapes: 6.0 * numel(shapes.result),
         saved=lambda node, shapes: Saved(result=True, extra_bytes=4 * numel(shapes.result)),
         render=_render_softmax,
+        moved=_softmax_moved,
+        formula=softmax(),
     )
 )

@@ -24,8 +24,8 @@ from triton.compiler import ASTSource
 from llmspec.compiler import driver
 from llmspec.compiler.kernels.group import Group
 from llmspec.compiler.passes.fuse import fuse_unit
-from tests.compiler.kernels.groups import groups_of, module_of
-from tests.compiler.kernels.interpreted import arguments, directions
+from tests.compiler.kernels.groups import Draft, groups_of, module_of
+from tests.compiler.kernels.interpreted import arguments, directions, softmax_dropout
 from tests.compiler.verify.models import MODELS, planned, spec_text
 
 TARGETS = (80, 90, 100)
@@ -105,6 +105,9 @@ def groups() -> Iterator[tuple[ModuleType, Group]]:
             if name not in seen:
                 seen.add(name)
                 yield module, group
+    draft = Draft((1, 2, 2048, 2048))
+    written = fuse_unit(draft.unit(softmax_dropout(draft)))
+    yield module_of(written), *groups_of(written).values()
 
 
 def main(part: str) -> None:

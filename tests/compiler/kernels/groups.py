@@ -17,7 +17,7 @@ from llmspec.compiler.graph import Parameter, Unit
 from llmspec.compiler.kernels.kernel import Kernel, pick
 from llmspec.compiler.kernels.module import print_kernels
 from llmspec.compiler.kernels.naming import name_kernels
-from llmspec.compiler.ops import attention, elementwise, norm
+from llmspec.compiler.ops import attention, elementwise, norm, weights
 from llmspec.compiler.ops.dropout import MASKS, dropout
 from llmspec.compiler.ops.registry import entry_of
 from llmspec.compiler.passes.shard import shard_unit, whole_placement
@@ -111,6 +111,7 @@ def units(draw: st.DrawFn) -> Unit:
         choices = ["unary", "binary", "binary", "norm", "dropout"]
         if len(shape) == 4:
             choices.append("rotary")
+            choices += ["softmax"] * 2
         match draw(st.sampled_from(choices)):
             case "unary":
                 function = draw(st.sampled_from(list(elementwise.ACTIVATIONS.values())))
@@ -129,6 +130,11 @@ def units(draw: st.DrawFn) -> Unit:
                 samples = draft.given(shape[:1], "samples")
                 made = draft.call(dropout, operand(), samples, 0.4, dropouts)
                 dropouts += 1
+            case "softmax":
+                causal = draw(st.booleans()) and shape[2] <= shape[3]
+                window = draw(st.sampled_from([None, None, 2, 4]))
+                window = window if shape[2] <= shape[3] else None  # every query sees a key
+                made = draft.call(weights.masked_softmax, operand(), causal, window)
             case _:
                 made = draft.call(attention.rotary, operand(), 100.0)
         values.append(made)
@@ -169,13 +175,14 @@ def load(text: str) -> ModuleType:
 
 def run(unit: Unit, given: dict[str, Tensor], kernels: ModuleType | None = None) -> Tensor:
     """The unit's result; kernels by the calls that model.py would have."""
-    from runtime import random, rotary
+    from runtime import context, random, rotary
 
     known: dict[fx.Node, Any] = {}
     space = {
         "kernels": kernels,
         "Mask": random.Mask,
         "rotary_tables": rotary.rotary_tables,
+        "query_places": context.query_places,
         "SEED": SEED,
         "self": SimpleNamespace(first_dropout=0, training=True),
     }

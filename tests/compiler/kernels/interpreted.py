@@ -19,7 +19,7 @@ from torch import Tensor
 from llmspec.compiler.graph import Unit
 from llmspec.compiler.kernels.direction import SCALARS, Direction, backward_of, forward_of
 from llmspec.compiler.kernels.group import Group
-from llmspec.compiler.ops import attention, elementwise, norm
+from llmspec.compiler.ops import attention, elementwise, norm, weights
 from llmspec.compiler.ops.dropout import dropout
 from llmspec.compiler.ops.formula import Expr
 from llmspec.compiler.ops.registry import numel
@@ -79,7 +79,41 @@ def rotary(d: Draft) -> Any:
     return d.call(attention.rotary, d.given((2, 3, 5, 6)), 100.0)
 
 
+def softmax(d: Draft) -> Any:
+    return d.call(weights.masked_softmax, d.given((2, 3, 5, 7)), False, None)
+
+
+def softmax_dropout(d: Draft) -> Any:
+    """Attention's weights, written out: of causal scores, dropped."""
+    shape = d.shape if len(d.shape) == 4 else (2, 3, 5, 37)
+    made = d.call(weights.masked_softmax, d.given(shape), True, None)
+    return d.call(dropout, made, d.given(shape[:1], "samples"), 0.25, 0)
+
+
+def scale_softmax(d: Draft) -> Any:
+    scaled = d.call(elementwise.multiply, d.given((2, 3, 5, 37)), 0.125)
+    return d.call(weights.masked_softmax, scaled, True, None)
+
+
+def windowed_softmax(d: Draft) -> Any:
+    both = [d.call(weights.masked_softmax, d.given((1, 2, 9, 9)), c, 3) for c in (True, False)]
+    return d.call(elementwise.subtract, *both)
+
+
+def low_softmax(d: Draft) -> Any:
+    """Far below 0, where the exponential of what is outside a row is infinite; and a weight, whose
+    gradient is summed over all rows of a tile."""
+    low = d.call(elementwise.subtract, d.given((2, 3, 5, 7)), 300.0)
+    made = d.call(weights.masked_softmax, low, True, None)
+    return d.call(elementwise.multiply, made, d.weight(7))
+
+
 GRAPHS = (
+    low_softmax,
+    softmax,
+    softmax_dropout,
+    scale_softmax,
+    windowed_softmax,
     rmsnorm,
     layernorm,
     residual_rmsnorm,

@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmspec import dsl
 from llmspec.compiler import driver
+from llmspec.compiler.driver import Session
 from llmspec.compiler.emit.package import write
+from llmspec.compiler.search import Found
 from tests.compiler.verify.models import MODELS, planned, spec_text
+from tests.compiler.verify.test_context_pytorch import MODEL as WRITTEN_OUT
 
 pytest.importorskip("triton", reason="comes with the extra `dev`, on Linux")
 
@@ -38,10 +42,31 @@ def program(model: str, folder: Path, pins: str = "microbatch = 4") -> dict[str,
     return files
 
 
-@pytest.mark.parametrize("model", MODELS)
+def written_out(folder: Path) -> dict[str, str]:
+    """A GPT of PyTorch's operators that drops attention's weights."""
+    (folder / "gpt.py").write_text(WRITTEN_OUT)
+    spec = folder / "spec.llmspec"
+    spec.write_text("""model m = python("gpt.py", "Model", dropout=0.2)
+cluster c { node = 1 * gpu("H200") }
+train t {
+    model = m; cluster = c; dataset = synthetic(); batch = 8 sequences; sequence_length = 16
+    steps = 5; precision = fp32
+}
+plan { microbatch = 2; kernels = triton }
+""")
+    session = Session(dsl.load(spec), trust=True)
+    found = driver.find_plan(session)
+    assert isinstance(found, Found)
+    files = driver.emit_plan(session, found.plan)
+    write(files, folder)
+    assert "def test_softmax_dropout()" in files["test_kernels.py"]
+    return files
+
+
+@pytest.mark.parametrize("model", [*MODELS, "written out"])
 def test_every_kernel_of_a_program(model: str, tmp_path: Path) -> None:
     """The test that the program itself carries: both passes, odd shapes, 1e-5."""
-    files = program(model, tmp_path)
+    files = written_out(tmp_path) if model == "written out" else program(model, tmp_path)
     said = python(["test_kernels.py"], cwd=tmp_path, TRITON_INTERPRET="1")
     tested = files["test_kernels.py"].count("def test_")
     assert tested >= 4

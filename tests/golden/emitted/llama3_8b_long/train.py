@@ -1,4 +1,4 @@
-"""Emitted by llmspec from llama3_8b_long.llmspec. Spec be1786578ad0, plan 2d2a41.
+"""Emitted by llmspec from llama3_8b_long.llmspec. Spec be1786578ad0, plan c9f331.
 Change the spec or the plan, then: llmspec compile llama3_8b_long.llmspec
 
 Mesh: shards 8 x context 4 = 32 processes. ZeRO 3.
@@ -32,8 +32,8 @@ FOLDER = Path(__file__).parent
 FLOPS_PER_TOKEN = 1.48107e11  # model, not hardware
 PEAK_FLOPS = 9.89e14  # of one device, bf16, dense
 # what plan.json predicts; the run ends with what was measured beside it
-STEP_S = 48.4533
-MEMORY_BYTES = 75557423104  # 70.4 GiB, of tensors, on the fullest GPU
+STEP_S = 48.7532
+MEMORY_BYTES = 74752116736  # 69.6 GiB, of tensors, on the fullest GPU
 COMPUTE = torch.bfloat16  # weights are float32
 REDUCE = torch.float32  # gradients are summed in it
 
