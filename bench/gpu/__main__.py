@@ -129,10 +129,10 @@ def installed(package: str) -> str | None:
 
 
 def this_device(small: bool) -> Device:
-    (found,) = rows_of("bench.gpu.measuring", ["tiny"] * small, 120.0)
-    if "failed" in found:
-        raise SystemExit(f"this device cannot be measured: {found['failed']}")
-    return Device(**found)
+    first, *_ = rows_of("bench.gpu.measuring", ["tiny"] * small, 120.0)
+    if "failed" in first:
+        raise SystemExit(f"this device cannot be measured: {first['failed']}")
+    return Device(**first)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -30,6 +30,7 @@ WARM_UP, COUNTED = 4, 12
 BATCHES = 4
 """Made before the clock runs, and used in turn."""
 EMITTED, WITH_KERNELS = "emitted", "emitted, fused kernels"
+COMPILED_KERNELS = "emitted, kernels by inductor"
 Step = Callable[[int], Any]
 
 
@@ -192,6 +193,7 @@ def main(text: str) -> None:
     ways: dict[str, Callable[[], dict[str, float]]] = {
         EMITTED: lambda: emitted(job["folder"]),
         WITH_KERNELS: lambda: emitted(job["folder"]),
+        COMPILED_KERNELS: lambda: emitted(job["folder"]),
         "plain": lambda: plain(case, compiled=False),
         "plain compiled": lambda: plain(case, compiled=True),
         "hugging face": lambda: hugging_face(case, liger=False),

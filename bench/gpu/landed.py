@@ -46,6 +46,7 @@ PLAIN = Variant("plain", "bf16", "recompute = none", 0.0)
 VARIANTS = (
     Variant("fp32", "fp32", "recompute = none", 2e-2),
     Variant("fused kernels", "bf16", "recompute = none; kernels = triton", 5e-3),
+    Variant("kernels by inductor", "bf16", "recompute = none; kernels = inductor", 5e-3),
     Variant("offload optimizer", "bf16", "recompute = none; offload = optimizer", 5e-3),
     Variant("offload activations", "bf16", "recompute = none; offload = activations", 1e-3),
     Variant("fp16 with its loss scale", "fp16", "recompute = none", 1e-2),

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.gpu.cases import Case, spec_text
-from bench.gpu.contestants import EMITTED, WITH_KERNELS, contestants, run
+from bench.gpu.contestants import COMPILED_KERNELS, EMITTED, WITH_KERNELS, contestants, run
 from bench.gpu.emitting import emit
+from bench.gpu.kernels import words_of
 from bench.gpu.measuring import Device
 from bench.gpu.processes import Row
 
@@ -17,7 +18,8 @@ LONGEST_S = 150.0
 """Of one contestant, its compilation and start among them."""
 SHORTEST_S = 20.0
 """Below that it is not begun."""
-WITH_PINS = "recompute = none; offload = none; kernels = triton"
+EMITTED_WAYS = {WITH_KERNELS: "triton", COMPILED_KERNELS: "inductor"}
+"""Besides what the search takes: what their plans have under `kernels`."""
 FIT_SHARE = 0.8
 """Of the memory, for the model of as many layers as fit: so that others fit, too."""
 
@@ -31,13 +33,21 @@ def train(
     if not known["fits"]:
         yield {"case": case.name, "who": EMITTED, "failed": "no plan fits"}
         return
+    cuda = device.kind == "cuda"
     programs = {EMITTED: (folder / case.name, known)}
-    if known["kernels"] == "eager":
-        own = folder / f"{case.name}_kernels"
-        own.mkdir(parents=True)
-        text = spec_text(case, name, precision=precision, pins=WITH_PINS)
-        programs[WITH_KERNELS] = own, emit(text, own)
-    for who in (*programs, *contestants(case, device.kind == "cuda")):
+    for who, kernels in EMITTED_WAYS.items():
+        if known["kernels"] != kernels and (cuda or kernels != "inductor"):
+            own = folder / f"{case.name}_{kernels}"
+            own.mkdir(parents=True)
+            pins = f"recompute = none; offload = none; kernels = {kernels}"
+            text = spec_text(case, name, precision=precision, pins=pins)
+            try:
+                programs[who] = own, emit(text, own)
+            except Exception as error:  # of any kind: the others are still to be measured
+                yield {"case": case.name, "who": who, "failed": words_of(error)}
+    # what takes part only out of interest comes when all else is known
+    order = [*programs, *contestants(case, cuda)]
+    for who in sorted(order, key=lambda who: who == COMPILED_KERNELS):
         own, predicted = programs.get(who, (folder, known))
         seconds = min(LONGEST_S, left_s())
         if seconds < SHORTEST_S:
@@ -79,7 +89,7 @@ def _row(case: Case, who: str, found: Row, known: Row, device: Device) -> Row:
     row["tokens_per_s"] = per_s
     row["mfu"] = per_s * known["model"]["flops_per_token"] / known["peak_flops"]
     row["of_product"] = per_s * known["model"]["flops_per_token"] / device.flops
-    if who in (EMITTED, WITH_KERNELS):
+    if who.startswith(EMITTED):
         row["predicted_s"] = known["predicted"]["step_time_s"]
         parts = known["predicted"]["memory_bytes"]
         row["predicted_bytes"] = sum(v for k, v in parts.items() if k != "fixed")
@@ -90,7 +100,7 @@ def ratios(rows: list[Row]) -> None:
     """Of every one's time and memory to those of the faster of the emitted programs of its case."""
     done = [row for row in rows if "step_s" in row]
     for row in done:
-        own = [r for r in done if r["case"] == row["case"] and r["who"] in (EMITTED, WITH_KERNELS)]
+        own = [r for r in done if r["case"] == row["case"] and r["who"].startswith(EMITTED)]
         if not own:
             continue
         best = min(own, key=lambda r: float(r["step_s"]))

@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 from llmspec.compiler import driver
 from llmspec.compiler.kernels.group import Group
 from llmspec.compiler.passes.fuse import fuse_unit
+from tests.compiler.kernels import interpreted
 from tests.compiler.kernels.groups import Draft, groups_of, module_of
 from tests.compiler.kernels.interpreted import arguments, directions, softmax_dropout
 from tests.compiler.verify.models import MODELS, planned, spec_text
@@ -94,7 +95,36 @@ def usage(binary: bytes) -> dict[str, int]:
     return {name: int(count) for name, count in re.findall(r"(\w+):(\d+)", said)}
 
 
-def groups() -> Iterator[tuple[ModuleType, Group]]:
+WIDE = (
+    (interpreted.rmsnorm, 8192),
+    (interpreted.residual_rmsnorm, 8192),
+    (interpreted.layernorm, 8192),
+    (interpreted.dropout_residual_layernorm, 16_384),
+    (interpreted.silu_gate, 8192),
+    (interpreted.silu_gate, 53_248),
+    (interpreted.bias_gelu, 16_384),
+    (interpreted.bias_gelu, 128_256),
+)
+"""Rows of the largest models there are: widths, a Llama 3 405B's ffn, a vocabulary."""
+
+
+def wide_groups() -> Iterator[tuple[ModuleType, Group, str]]:
+    """At which width a kernel was looked at stands behind its name."""
+    for graph, columns in WIDE:
+        draft = Draft((1, 64, columns))
+        fused = fuse_unit(draft.unit(graph(draft)))
+        found = groups_of(fused)
+        module = module_of(fused)
+        for group in found.values():
+            yield module, group, f" of {columns}"
+
+
+def groups() -> Iterator[tuple[ModuleType, Group, str]]:
+    yield from of_models()
+    yield from wide_groups()
+
+
+def of_models() -> Iterator[tuple[ModuleType, Group, str]]:
     seen: set[str] = set()
     for model in MODELS:
         session, plan = planned(spec_text(MODELS[model], 1, 8, "microbatch = 1", precision="bf16"))
@@ -104,17 +134,17 @@ def groups() -> Iterator[tuple[ModuleType, Group]]:
         for name, group in found.items():
             if name not in seen:
                 seen.add(name)
-                yield module, group
+                yield module, group, ""
     draft = Draft((1, 2, 2048, 2048))
     written = fuse_unit(draft.unit(softmax_dropout(draft)))
-    yield module_of(written), *groups_of(written).values()
+    yield module_of(written), *groups_of(written).values(), ""
 
 
 def main(part: str) -> None:
     """part: of the names of the kernels that are compiled."""
     print(f"triton {triton.__version__}")
-    for module, group in groups():
-        if part not in group.name:
+    for module, group, words in groups():
+        if part not in f"{group.name}{words}":
             continue
         for one in directions(group):
             given = [on_meta(a) for a in arguments(one, group, torch.bfloat16, empty=True)]
@@ -123,7 +153,7 @@ def main(part: str) -> None:
                 made = compiled(getattr(module, f"{one.name}_kernel"), launch, target)
                 used = usage(made.asm["cubin"])
                 print(
-                    f"{one.name} sm_{target} tile {launch.options['TILE_ROWS']} x "
+                    f"{one.name}{words} sm_{target} tile {launch.options['TILE_ROWS']} x "
                     f"{launch.options['TILE_COLUMNS']} warps {launch.options['num_warps']} "
                     f"registers {used['REG']} shared {made.metadata.shared} "
                     f"spilled {used['STACK'] + used['LOCAL']}",
