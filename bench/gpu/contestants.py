@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def emitted(folder: str) -> dict[str, float]:
     data = importlib.import_module("runtime.batches").synthetic(
         sequence_length=train.SEQUENCE, vocab=train.VOCABULARY, seed=train.SEED
     )
-    batches = [data.batch(i, train.BATCH, mesh) for i in range(BATCHES)]
+    batches = [made(data.batch(i, train.BATCH, mesh), train.MICROBATCHES) for i in range(BATCHES)]
 
     def step(number: int) -> Tensor:
         loss: Tensor = trainer.step(batches[number % BATCHES])
@@ -78,6 +79,12 @@ def emitted(folder: str) -> dict[str, float]:
     found = measured(step)
     mesh.close()
     return found
+
+
+def made(batch: Any, count: int) -> Any:
+    """A batch whose micro-batches lie on the device already."""
+    parts = list(batch.microbatches(count))
+    return SimpleNamespace(target_tokens=batch.target_tokens, microbatches=lambda count: parts)
 
 
 # --------------------------------------------------------------------------------------------------
