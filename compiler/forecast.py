@@ -194,6 +194,7 @@ def _shape(space: Space, plan: Plan) -> Shape:
         inner=inner_groups(mesh.tensor, mesh.context, mesh.expert, space.machine),
         view=view_of(plan),
         placements=plan.placements,
+        kernels=plan.kernels,
     )
     return Shape(
         option=option,

@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from llmspec.compiler.cost.recompute import Flow, Operators, flow_of
+from torch import fx
+
+from llmspec.compiler.cost.recompute import Flow, Operators
 from llmspec.compiler.forecast import Priced
+from llmspec.compiler.kernels.kernel import Kernel, pick
+from llmspec.compiler.kernels.kinds import EAGER
+from llmspec.compiler.kernels.naming import kernel_name
 from llmspec.compiler.ops import collective
 from llmspec.compiler.ops.registry import entry_of
-from llmspec.compiler.search.policies import lowered
+from llmspec.compiler.passes.fuse import PICKED
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,27 +35,32 @@ def kept_by_operators(known: Priced) -> dict[str, dict[Operators, tuple[Kept, ..
     option = shape.option
     graph = space.graph(shape.microbatch, option.view)
     found: dict[str, dict[Operators, tuple[Kept, ...]]] = {}
+    policies = space.chain.policies
     for name in dict.fromkeys(i.unit for i in graph.instances):
-        unit = lowered(graph, option, name)
-        flow = flow_of(unit, option.where, space.machine, space.types.compute, option.inner)
         stretches = known.plan.recompute.get(name, ())
-        choices = dict.fromkeys(s.again for s in stretches) or {(): None}
-        found[name] = {again: tuple(_kept(flow, again)) for again in choices}
+        found[name] = {}
+        for again in dict.fromkeys(s.again for s in stretches) or {(): None}:
+            if option.kernels == EAGER:
+                flow = policies.flow(option, shape.microbatch, name)
+            else:
+                flow, _ = policies.fused(option, shape.microbatch, name, again)
+            found[name][again] = tuple(_kept(flow, again))
     return found
 
 
 def _kept(flow: Flow, again: Operators) -> list[Kept]:
-    runs, values = flow.kept(again)
+    known = again if isinstance(again, str) else tuple(n for n in again if n in flow.steps)
+    runs, values = flow.kept(known)
     items = []
     for value in flow.values():
+        name = value.removesuffix(PICKED)
         if value in values:
-            by = tuple(s.name for s in flow.steps.values() if value in s.keeps)
-            items.append(Kept(value, _does(flow, value), flow.size_bytes(value), by))
+            keepers = [s.name.removesuffix(PICKED) for s in flow.steps.values() if value in s.keeps]
+            by = tuple(dict.fromkeys(keepers))
+            items.append(Kept(name, _does(flow, value), flow.size_bytes(value), by))
         step = flow.steps.get(value)
         if step is not None and step.extra_bytes and value not in runs:
-            items.append(
-                Kept(value, _does(flow, value), step.extra_bytes, (value,), statistics=True)
-            )
+            items.append(Kept(name, _does(flow, value), step.extra_bytes, (name,), statistics=True))
     return items
 
 
@@ -61,6 +71,9 @@ def _does(flow: Flow, value: str) -> str:
     if collective.is_collective(node):
         move: collective.Move = node.meta["move"]
         return move.conversion.function
+    kernel = node.args[0] if node.target is pick else node
+    if isinstance(kernel, fx.Node) and isinstance(kernel.target, Kernel):
+        return kernel_name(kernel.target.group)
     return entry_of(node).name
 
 

@@ -38,6 +38,8 @@ from llmspec.compiler.ops.shape import select
 
 Again = Collection[str]
 """Names of operators whose values a use of the unit drops and computes again."""
+PICKED = "_picked"
+"""What the name of one of several results ends in."""
 NOMINAL = 2
 """Bytes of an element when groups are weighed against each other."""
 
@@ -352,7 +354,7 @@ def _add_kernel(graph: fx.Graph, kernel: Kernel, new: dict[fx.Node, fx.Node]) ->
         return
     for i, output in enumerate(group.outputs):
         picked = graph.create_node(
-            "call_function", pick, (node, i), name=f"{output.node.name}_picked"
+            "call_function", pick, (node, i), name=f"{output.node.name}{PICKED}"
         )
         picked.meta = dict(output.node.meta) | {"scope": node.meta["scope"]}
         new[output.node] = picked

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -55,6 +57,21 @@ def test_live_bytes_are_those_of_real_processes(devices: int, pins: str) -> None
     for role, real in zip(dry_run(session, plan), measure(session, plan)[::across], strict=True):
         assert abs(role.peak_bytes - real.peak) <= 0.01 * real.peak + on_their_way
         assert role.resting_bytes == pytest.approx(real.resting, rel=0.01)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_the_loss_makes_no_whole_logits(tensor: int) -> None:
+    """They alone would be more than everything that is ever alive; and where the plan has them
+    whole, they are there."""
+    model = MODEL.replace("vocab=512, context=128", "vocab=65536, context=512")
+    session, plan = planned(spec_text(model, tensor, 16, f"tensor = {tensor}; microbatch = 16"))
+    logits = 4 * 16 * 512 * 65536 // tensor
+    assert plan.loss_rows is not None and 2 * plan.loss_rows < 16 * 512
+    (joined,) = dry_run(session, plan)
+    assert joined.peak_bytes < 0.9 * logits
+    if tensor == 1:  # where there is nothing to place
+        (whole,) = dry_run(session, replace(plan, loss_rows=None))
+        assert whole.peak_bytes > 2 * logits
 
 
 def unexplained(role: Role, plan: Plan) -> list[tuple[str, int, int, int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,8 @@ from llmspec.compiler.ledger.shares import from_the_end, shared_out
 from llmspec.compiler.ledger.words import render_memory
 from tests.compiler.verify.models import planned, spec_text
 from tests.conftest import Golden
+
+ROOT = Path(__file__).parents[3]
 
 DENSE = """
 import llama
@@ -35,8 +38,12 @@ QUICK = {
     "data = 2; zero = 3; microbatch = 1; recompute = full": (DENSE, 2, "bf16"),
     "pipeline = 4; schedule = 1f1b; microbatch = 1; recompute = none": (DENSE, 4, "bf16"),
     "pipeline = 2; schedule = zbv; microbatch = 1": (MIXTURE, 2, "fp32"),
+    "microbatch = 8; recompute = none; kernels = triton": (DENSE, 1, "bf16"),
 }
 MORE = {
+    "data = 2; zero = 3; microbatch = 4; recompute = full; kernels = triton": (DENSE, 2, "bf16"),
+    "tensor = 2; microbatch = 4; recompute = none; kernels = inductor": (DENSE, 2, "bf16"),
+    "microbatch = 4; kernels = triton": (MIXTURE, 1, "fp32"),
     "microbatch = 2; data = 1": (DENSE, 1, "fp32"),
     "data = 2; zero = 0; microbatch = 2; recompute = [rmsnorm, swiglu]": (DENSE, 2, "bf16"),
     "data = 4; zero = 1; microbatch = 1": (DENSE, 4, "bf16"),
@@ -95,6 +102,30 @@ def test_items_add_up(pins: str) -> None:
 @pytest.mark.parametrize("pins", MORE)
 def test_items_of_every_kind_of_plan_add_up(pins: str) -> None:
     check(pins, MORE[pins])
+
+
+LLAMA_3_8B = """
+import llama
+model m = llama(layers=32, width=4096, heads=32, kv_heads=8, ffn=14336, vocab=128_256, context=8192)
+"""
+
+
+def test_what_a_block_of_a_llama_3_8b_keeps_with_kernels_and_without() -> None:
+    """The table of docs/kernels.md: MiB by operator, of one sequence of 8,192 tokens."""
+    found = []
+    for kernels in ("eager", "triton"):
+        pins = f"data = 8; zero = 3; microbatch = 1; recompute = none; kernels = {kernels}"
+        known, _ = known_plan(pins, (LLAMA_3_8B, 8, "bf16"))
+        (kept,) = kept_by_operators(known)["layer"].values()
+        by_name = {k.value: k.size_bytes / 2**20 for k in kept if not k.statistics}
+        found.append((by_name, sum(k.size_bytes for k in kept) / 2**20))
+    (eager, eager_all), (triton, triton_all) = found
+    assert eager.keys() - triton.keys() == {"swiglu_gate_2"}, "the silu's result is not kept"
+    assert eager["swiglu_gate_2"] == 224
+    assert triton == {name: size for name, size in eager.items() if name != "swiglu_gate_2"}
+    assert round(eager_all) == 1313 and round(triton_all) == 1089
+    page = (ROOT / "docs/kernels.md").read_text()
+    assert "| together | 1,313 | 1,089 |" in page
 
 
 @given(st.integers(0, 10**12), st.lists(st.integers(0, 10**9), min_size=1, max_size=9))
