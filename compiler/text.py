@@ -75,7 +75,8 @@ def _ruff() -> str:
 
 
 def plural(count: int, word: str) -> str:
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+    more = "es" if word.endswith("ch") else "s"
+    return f"{count} {word}" if count == 1 else f"{count} {word}{more}"
 
 
 def listed(words: Sequence[str]) -> str:

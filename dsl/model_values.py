@@ -54,7 +54,8 @@ class ModelFinder:
     ) -> tuple[syntax.ModelDeclaration, Scope]:
         if name in scope.models:
             return scope.models[name]
-        known = [*scope.models, "python", "huggingface"]
+        # not the one that is being defined by this very line
+        known = [*(n for n in scope.models if n not in self.active), "python", "huggingface"]
         helps = did_you_mean(name, known)
         if not helps and name.split("_")[0].rstrip("0123456789") in ("llama", "gpt"):
             helps = ("`import llama` or `import gpt2` brings the library's models",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmspec.compiler.search.explain import seconds
+from llmspec.compiler.text import plural
 
 MANY = 12
 """Pipeline ranks that are listed one by one; of more, the busiest and the idlest."""
@@ -14,7 +15,7 @@ def render_simulated(found: dict[str, Any]) -> str:
     ranks = found["ranks"]
     lines = [
         f"Plan {found['plan']}: one step takes {seconds(found['step_time_s'])} predicted, "
-        f"{found['microbatches']} micro-batches",
+        f"{plural(found['microbatches'], 'micro-batch')}",
         f"  waiting  {100 * found['bubble_fraction']:.1f} % of all ranks' time",
         f"  exposed  {_parts(found['exposed_s']) or 'no communication'}",
     ]
