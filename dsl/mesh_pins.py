@@ -7,7 +7,7 @@ from math import gcd, lcm, prod
 from llmspec.dsl.diagnostics import fault, listing
 from llmspec.dsl.parameters import operators_of
 from llmspec.dsl.pins import AXES, Pins, divisors, factors
-from llmspec.dsl.program import Cluster, Model, Relation
+from llmspec.dsl.program import AnyModel, Cluster, Model, Relation
 
 
 def axes_fill_world(pins: Pins) -> None:
@@ -62,11 +62,11 @@ def tensor_splits_heads(pins: Pins) -> None:
     heads = heads_of(pins.model)
     if not heads:
         return
-    common = gcd(*heads)
+    common = common_heads(pins.model)
     for constraint in pins.constraints:
-        if constraint.key != "tensor" or constraint.relation not in (Relation.EQ, Relation.IN):
+        if constraint.key != "tensor" or constraint.relation is Relation.LE:
             continue
-        if any(isinstance(v, int) and common % v == 0 for v in constraint.values):
+        if any(constraint.allows(d) for d in divisors(common)):
             continue
         value = constraint.values[0]
         assert isinstance(value, int), "tensor takes numbers"
@@ -81,6 +81,12 @@ def tensor_splits_heads(pins: Pins) -> None:
             "every rank holds the same number of whole heads",
             helps=("use " + listing(f"tensor = {d}" for d in near),),
         )
+
+
+def common_heads(model: AnyModel) -> int:
+    """What the number of tensor ranks divides: every rank has the same number of whole key/value
+    heads of each attention. 0 where the heads are not known, or there are none."""
+    return gcd(*heads_of(model)) if isinstance(model, Model) else 0
 
 
 def heads_of(model: Model) -> list[int]:

@@ -15,9 +15,7 @@ def layer_norm(x_BTD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: floa
     wide = _wide(x_BTD.dtype)
     if x_BTD.dtype != wide and not _fused(x_BTD, weight_D):
         # the CPU's kernel sums bfloat16 gradients in bfloat16, and no kernel mixes types
-        bias_D = None if bias_D is None else bias_D.to(wide)
-        out_BTD = F.layer_norm(x_BTD.to(wide), weight_D.shape, weight_D.to(wide), bias_D, eps)
-        return out_BTD.to(x_BTD.dtype)
+        return _LayerNorm.apply(x_BTD, weight_D, bias_D, eps)
     return F.layer_norm(x_BTD, weight_D.shape, weight_D, bias_D, eps)
 
 
@@ -34,6 +32,36 @@ def _fused(x: Tensor, weight: Tensor) -> bool:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+def _widened(x: Tensor, *more: Tensor | None) -> list[Any]:
+    """All in the wide type of the first."""
+    wide = _wide(x.dtype)
+    return [None if one is None else one.to(wide) for one in (x, *more)]
+
+
+class _LayerNorm(torch.autograd.Function):
+    """In the wide type, of which nothing is saved but two numbers a row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_BTD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
+    ) -> Tensor:
+        x, weight, bias = _widened(x_BTD, weight_D, bias_D)
+        out_BTD, *statistics = torch.native_layer_norm(x, weight_D.shape, weight, bias, eps)
+        ctx.save_for_backward(x_BTD, weight_D, bias_D, *statistics)
+        return out_BTD.to(x_BTD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, mean_BT1, scale_BT1 = ctx.saved_tensors
+        x, weight, bias, grad = _widened(*saved, grad_BTD)
+        found = torch.ops.aten.native_layer_norm_backward(
+            grad, x, saved[1].shape, mean_BT1, scale_BT1, weight, bias, ctx.needs_input_grad[:3]
+        )
+        pairs = zip(found, saved, strict=True)
+        return *(None if g is None else g.to(s.dtype) for g, s in pairs), None
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -21,6 +21,7 @@ from llmspec.compiler.search.meshes import Grid, divisors, grids, shardings
 from llmspec.compiler.search.objective import Objective
 from llmspec.compiler.search.pins import Pins, Recompute
 from llmspec.compiler.views import View
+from llmspec.dsl.mesh_pins import common_heads
 from llmspec.dsl.program import Program
 
 FEWEST_TOKENS = 8192
@@ -53,16 +54,16 @@ class Ranges:
             for n in divisors(cluster.world_size)
             if n > 1 and graph.tokens >= n * fewest and possible_styles(graph, n)
         )
-        return list(
-            grids(
-                cluster.world_size,
-                cluster.devices_per_node,
-                self.chain.blocks,
-                self.pins,
-                contexts=(1, *sharing),
-                experts=expert_divisor(graph),
-            )
+        found = grids(
+            cluster.world_size,
+            cluster.devices_per_node,
+            self.chain.blocks,
+            self.pins,
+            contexts=(1, *sharing),
+            experts=expert_divisor(graph),
         )
+        heads = common_heads(self.program.model)
+        return [grid for grid in found if heads % grid.tensor == 0]
 
     def context_styles(self, context: int) -> list[str]:
         styles = possible_styles(self.chain.graph(1), context)

@@ -55,6 +55,7 @@ def test_legal(plan):
     [
         ("tensor = 8", "E0403"),  # 4 key/value heads
         ("tensor in [3, 8]", "E0403"),
+        ("tensor >= 8", "E0403"),
         ("data = 3", "E0404"),
         ("data = 8; tensor = 2", "E0404"),
         ("pipeline = 8", "E0405"),

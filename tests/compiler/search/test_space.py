@@ -51,6 +51,12 @@ def written(text):
     return dsl.load("small.llmspec", text=text)
 
 
+def test_tensor_ranks_share_whole_heads():
+    """As a pin must: what splits no attention is not searched either."""
+    grids = space(written(SHARED_SEQUENCES)).ranges.grids()
+    assert {grid.tensor for grid in grids} == {1, 2}, "of 4 GPUs and 2 key/value heads"
+
+
 CASES = {
     "llama on four": program(tiny_llama(), cluster(1, 4), batch=8),
     "gpt on two nodes": program(tiny_gpt(), cluster(2, 2), batch=6),
