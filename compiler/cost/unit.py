@@ -18,7 +18,7 @@ from llmspec.compiler.ops.registry import (
     Choice,
     Sends,
     Shapes,
-    choices,
+    choice_named,
     entry_of,
     numel,
     shape_of,
@@ -65,8 +65,10 @@ def resolve(unit: Unit, placement: UnitPlacement, ranks: int) -> Layout:
     """Errors: KeyError when the placement names a choice that the unit does not have."""
     found: dict[fx.Node, Choice] = {}
     for node in unit.calls():
-        legal = {c.name: c for c in choices(entry_of(node).rule(node), ranks)}
-        found[node] = legal[placement.nodes[node.name]]
+        choice = choice_named(placement.nodes[node.name], entry_of(node).rule(node), ranks)
+        if choice is None:
+            raise KeyError(placement.nodes[node.name])
+        found[node] = choice
     return Layout(
         found,
         {path: parse_state(text) for path, text in placement.parameters.items()},

@@ -102,24 +102,34 @@ def _split_choice(rule: Rule, factor: str) -> Choice | None:
 
 def choices(rule: Rule, ranks: int) -> tuple[Choice, ...]:
     """Every legal placement of an operator with this rule on an axis of `ranks`."""
+    names = ["whole", "shadow", *(f"split {factor}" for factor in rule.sizes)]
+    names += [f"partial {i}" if i else "partial" for i in range(len(rule.linear))]
+    made = (choice_named(name, rule, ranks) for name in names)
+    return tuple(choice for choice in made if choice is not None)
+
+
+def choice_named(name: str, rule: Rule, ranks: int) -> Choice | None:
+    """One of `choices`; None when it is not legal."""
+    kind, _, what = name.partition(" ")
     count = len(rule.operands)
-
-    def all_in(state: State) -> tuple[State, ...]:
-        return tuple(WHOLE if i in rule.integer else state for i in range(count))
-
-    found = [Choice("whole", all_in(WHOLE), WHOLE)]
-    if not rule.injects:
-        found.append(Choice("shadow", all_in(SHADOW), WHOLE if rule.chooses else SHADOW))
-    for factor, size in rule.sizes.items():
-        fits = size % ranks == 0 or (factor in rule.uneven and size >= ranks)
-        if factor not in rule.whole and fits and size > 1 and (c := _split_choice(rule, factor)):
-            found.append(c)
-    for i, group in enumerate(rule.linear):
-        operands = tuple(
-            PARTIAL if k in group else WHOLE if k in rule.integer else SHADOW for k in range(count)
-        )
-        found.append(Choice(f"partial {i}" if i else "partial", operands, PARTIAL))
-    return tuple(found)
+    match kind:
+        case "whole":
+            return Choice(name, (WHOLE,) * count, WHOLE)
+        case "shadow" if not rule.injects:
+            operands = tuple(WHOLE if i in rule.integer else SHADOW for i in range(count))
+            return Choice(name, operands, WHOLE if rule.chooses else SHADOW)
+        case "split" if what in rule.sizes and what not in rule.whole:
+            size = rule.sizes[what]
+            fits = size % ranks == 0 or (what in rule.uneven and size >= ranks)
+            return _split_choice(rule, what) if fits and size > 1 else None
+        case "partial" if int(what or 0) < len(rule.linear):
+            group = rule.linear[int(what or 0)]
+            operands = tuple(
+                PARTIAL if k in group else WHOLE if k in rule.integer else SHADOW
+                for k in range(count)
+            )
+            return Choice(name, operands, PARTIAL)
+    return None
 
 
 # --------------------------------------------------------------------------------------------------

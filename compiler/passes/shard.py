@@ -19,7 +19,7 @@ from llmspec.compiler.ops.collective import Move
 from llmspec.compiler.ops.registry import (
     Choice,
     Localised,
-    choices,
+    choice_named,
     entry_of,
     shape_of,
     tensor_operands,
@@ -48,10 +48,10 @@ def whole_placement(unit: Unit) -> UnitPlacement:
 def choice_of(node: fx.Node, placement: UnitPlacement, ranks: int) -> Choice:
     """Errors: InternalError when the plan names a choice that is not legal for the node."""
     name = placement.nodes[node.name]
-    for choice in choices(entry_of(node).rule(node), ranks):
-        if choice.name == name:
-            return choice
-    raise InternalError(f"{node.name} has no placement `{name}` on {ranks} ranks")
+    choice = choice_named(name, entry_of(node).rule(node), ranks)
+    if choice is None:
+        raise InternalError(f"{node.name} has no placement `{name}` on {ranks} ranks")
+    return choice
 
 
 def local_dims(node: fx.Node, state: State) -> str:
@@ -68,10 +68,16 @@ class _Sharder:
     placement: UnitPlacement
     ranks: int
     graph: fx.Graph = field(default_factory=fx.Graph)
+    chosen: dict[fx.Node, Choice] = field(default_factory=dict)
     new: dict[fx.Node, fx.Node] = field(default_factory=dict)
     states: dict[fx.Node, State] = field(default_factory=dict)
     wants: dict[tuple[fx.Node, State], list[tuple[str, ...]]] = field(default_factory=dict)
     converted: dict[tuple[fx.Node, State], fx.Node] = field(default_factory=dict)
+
+    def choice(self, node: fx.Node) -> Choice:
+        if node not in self.chosen:
+            self.chosen[node] = choice_of(node, self.placement, self.ranks)
+        return self.chosen[node]
 
     def state_of(self, node: fx.Node) -> State:
         """Where the value lives as it is produced."""
@@ -81,12 +87,12 @@ class _Sharder:
             return parse_state(self.placement.parameters[node.meta["parameter"].path])
         if node.op == "placeholder":
             return parse_state(self.placement.boundary_in)
-        return choice_of(node, self.placement, self.ranks).result
+        return self.choice(node).result
 
     def wanted(self, node: fx.Node) -> tuple[State, ...]:
         if node.op == "output":
             return (self._boundary_out(),)
-        return choice_of(node, self.placement, self.ranks).operands
+        return self.choice(node).operands
 
     def _boundary_out(self) -> State:
         scalar = shape_of(self.unit.result()) == ()
@@ -160,7 +166,7 @@ class _Sharder:
         self.new[node] = copied
 
     def _call(self, node: fx.Node) -> None:
-        choice = choice_of(node, self.placement, self.ranks)
+        choice = self.choice(node)
         operands = tensor_operands(node)
         values = iter(
             [self.converted_value(o, w) for o, w in zip(operands, choice.operands, strict=True)]

@@ -5,18 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 
 from llmspec.compiler.cost.fused import with_kernels
 from llmspec.compiler.cost.hardware import Machine
 from llmspec.compiler.cost.network import inner_groups
+from llmspec.compiler.cost.recompute import Again
 from llmspec.compiler.cost.recompute import Operators as Recomputed
 from llmspec.compiler.cost.stage import Run, Stage
 from llmspec.compiler.cost.types import Types
 from llmspec.compiler.cost.unit import UnitCost, resolve, unit_cost
 from llmspec.compiler.graph import Instance, ModelGraph, Unit
 from llmspec.compiler.kernels.kinds import EAGER
+from llmspec.compiler.plan import EVERYTHING
 from llmspec.compiler.search.meshes import divisors
 from llmspec.compiler.search.options import Solved, TensorOption, seen_as, tensor_options
 from llmspec.compiler.search.policies import Chosen, Policies
@@ -41,15 +43,25 @@ class Chain:
     run_by: dict[tuple[int, str], TensorOption] = field(default_factory=dict)
     solved: Solved = field(default_factory=dict)
     unit_costs: dict[tuple[int, int], dict[str, UnitCost]] = field(default_factory=dict)
+    like: dict[tuple[int, int, str], UnitCost] = field(default_factory=dict)
     stages: dict[tuple[object, ...], Stage] = field(default_factory=dict)
+    least: dict[tuple[int, int], Stage] = field(default_factory=dict)
 
     def graph(self, microbatch: int, view: View = WHOLE_VIEW) -> ModelGraph:
         """What one rank sees of the model, for micro-batches of so many sequences."""
         key = (microbatch, view)
         if key not in self.graphs:
-            whole = self.build(microbatch) if view == WHOLE_VIEW else self.graph(microbatch)
-            self.graphs[key] = seen(whole, view)
+            self.graphs[key] = self._seen(microbatch, view)
         return self.graphs[key]
+
+    def _seen(self, microbatch: int, view: View) -> ModelGraph:
+        """Units that expert ranks see as others do are the same objects for all of them."""
+        if view == WHOLE_VIEW:
+            return self.build(microbatch)
+        if view.expert == 1:
+            return seen(self.graph(microbatch), view)
+        split = View(expert=view.expert)
+        return seen(self.graph(microbatch, replace(view, expert=1)), split)
 
     @cached_property
     def instances(self) -> tuple[Instance, ...]:
@@ -156,6 +168,13 @@ class Chain:
         return self.unit_costs[key]
 
     def _cost(self, option: TensorOption, microbatch: int, unit: Unit) -> UnitCost:
+        first = self.policies.like(option, microbatch, unit.name)
+        key = (id(first), microbatch, unit.name)
+        if key not in self.like:
+            self.like[key] = self._priced(first, microbatch, unit)
+        return self.like[key]
+
+    def _priced(self, option: TensorOption, microbatch: int, unit: Unit) -> UnitCost:
         layout = resolve(unit, option.placements[unit.name], option.ranks)
         width, machine = self.types.compute, self.machine
         cost = unit_cost(unit, layout, option.where, machine, width, option.inner)
@@ -173,12 +192,37 @@ class Chain:
         ends = (start == 0, stop == len(self.instances))
         key = (id(option), microbatch, chosen, self.names[start:stop], ends, alone)
         if key not in self.stages:
-            self.stages[key] = self._stage(option, microbatch, chosen, start, alone)
+            again = partial(self.policies.again, option, microbatch)
+            self.stages[key] = self._stage(option, microbatch, chosen, start, alone, again)
         return self.stages[key]
 
+    def least_kept(self, option: TensorOption, microbatch: int) -> Stage:
+        """The whole chain as one stage whose blocks keep their inputs alone. What they compute
+        again for that has no price here: bounds of bytes need no lowered graphs."""
+        key = (id(option), microbatch)
+        if key not in self.least:
+            costs = self.costs(option, microbatch)
+            kept = {n: c.input_bytes for n, c in costs.items()}
+            inputs = {
+                name: Again(operators=EVERYTHING, kept_bytes=n, away_bytes=n, keeps_casts=False)
+                for name, n in kept.items()
+            }
+            chosen = tuple(EVERYTHING if i.prefix else () for i in self.instances)
+            self.least[key] = self._stage(
+                option, microbatch, chosen, 0, True, lambda name, own: inputs[name] if own else None
+            )
+        return self.least[key]
+
     def _stage(
-        self, option: TensorOption, microbatch: int, chosen: Chosen, start: int, alone: bool
+        self,
+        option: TensorOption,
+        microbatch: int,
+        chosen: Chosen,
+        start: int,
+        alone: bool,
+        price: Callable[[str, Recomputed], Again | None],
     ) -> Stage:
+        """`price`: of what one use of a unit computes again."""
         costs = self.costs(option, microbatch)
         tied = any(c.tied_elements for c in costs.values())
         last = len(self.instances) - 1
@@ -192,7 +236,6 @@ class Chain:
         for (name, operators, own, block), same in groupby(
             range(start, start + len(chosen)), key=kind
         ):
-            again = self.policies.again(option, microbatch, name, operators)
-            runs.append(Run(costs[name], len(list(same)), again, own, block))
+            runs.append(Run(costs[name], len(list(same)), price(name, operators), own, block))
         copies = 0 if alone else sum(r.cost.tied_elements * r.count for r in runs)
         return Stage(tuple(runs), copies)

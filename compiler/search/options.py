@@ -13,7 +13,7 @@ from llmspec.compiler.cost.types import Types
 from llmspec.compiler.cost.unit import Layout
 from llmspec.compiler.graph import ModelGraph, Unit
 from llmspec.compiler.kernels.kinds import EAGER
-from llmspec.compiler.ops.registry import choices, entry_of, numel
+from llmspec.compiler.ops.registry import choice_named, entry_of, numel
 from llmspec.compiler.passes.shard import whole_placement
 from llmspec.compiler.placement import SHADOW, WHOLE, Split, State, local_shape, parse_state
 from llmspec.compiler.plan import UnitPlacement
@@ -50,6 +50,14 @@ class TensorOption:
     view: View
     placements: dict[str, UnitPlacement]
     kernels: str = EAGER
+
+    def treats(self, unit: Unit) -> tuple[object, ...]:
+        """All that this has to do with the price of a unit of its view's graph."""
+        own = self.placements[unit.name]
+        wires = () if silent(unit) else (self.inner["context"], self.inner["expert"])
+        placed = (*own.nodes.items(), *own.parameters.items())
+        sides = (own.boundary_in, own.boundary_out)
+        return id(unit), self.ranks, self.kernels, sides, placed, wires
 
 
 def tensor_options(
@@ -108,8 +116,8 @@ def seen_as(
     for name, unit in graph.units.items():
         chosen = option.placements[name].nodes
         for node in unit.calls():
-            legal = [c.name for c in choices(entry_of(node).rule(node), option.ranks)]
-            if chosen.get(node.name) not in legal:
+            placed = chosen.get(node.name)
+            if placed is None or not choice_named(placed, entry_of(node).rule(node), option.ranks):
                 return None
     inner = inner_groups(option.ranks, view.context, view.expert, machine)
     return replace(option, view=view, inner=inner)
@@ -202,7 +210,8 @@ Solved = dict[tuple[object, ...], tuple[tuple[Unit, ...], dict[str, Layout] | No
 units are held on to, for their ids are in the keys."""
 
 
-def _silent(unit: Unit) -> bool:
+def silent(unit: Unit) -> bool:
+    """Whether none of its operators sends by itself."""
     return not any(entry_of(node).sends for node in unit.calls())
 
 
@@ -213,7 +222,7 @@ def _key(problems: list[Problem]) -> tuple[object, ...]:
 
 def _known(problem: Problem, solved: Solved | None) -> Layout | None:
     """An answer of before, or a new one."""
-    if solved is None or not _silent(problem.unit):
+    if solved is None or not silent(problem.unit):
         return place(problem)
     key, name = _key([problem]), problem.unit.name
     if key not in solved:
@@ -227,7 +236,7 @@ def _known_together(
     problems: dict[str, Problem], tie: Tie, solved: Solved | None
 ) -> dict[str, Layout] | None:
     own = [problems[n] for n in sorted({unit for uses in tie.values() for unit, _ in uses})]
-    if solved is None or not all(_silent(p.unit) for p in own):
+    if solved is None or not all(silent(p.unit) for p in own):
         return _place_together(problems, tie)
     key = _key(own)
     if key not in solved:

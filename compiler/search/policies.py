@@ -60,6 +60,8 @@ class Policies:
     sample: Callable[[int], int]
     machine: Machine
     types: Types
+    uses: dict[tuple[int, int, str], TensorOption] = field(default_factory=dict)
+    first: dict[tuple[object, ...], TensorOption] = field(default_factory=dict)
     units: dict[tuple[int, int, str], Unit] = field(default_factory=dict)
     flows: dict[tuple[int, int, str], Flow] = field(default_factory=dict)
     kernel_flows: dict[tuple[object, ...], tuple[Flow, Computing]] = field(default_factory=dict)
@@ -68,8 +70,17 @@ class Policies:
     lists: dict[tuple[int, int, str], list[Again]] = field(default_factory=dict)
     mixtures: dict[tuple[object, ...], Mixtures] = field(default_factory=dict)
 
+    def like(self, option: TensorOption, microbatch: int, name: str) -> TensorOption:
+        """The first option that does the same with a unit: most differ in some units alone."""
+        key = (id(option), microbatch, name)
+        if key not in self.uses:
+            unit = self.graph(microbatch, option.view).units[name]
+            self.uses[key] = self.first.setdefault(option.treats(unit), option)
+        return self.uses[key]
+
     def unit(self, option: TensorOption, microbatch: int, name: str) -> Unit:
         """Lowered, its operators apart."""
+        option = self.like(option, microbatch, name)
         key = (id(option), microbatch, name)
         if key not in self.units:
             self.units[key] = lowered(self.graph(microbatch, option.view), option, name)
@@ -77,6 +88,7 @@ class Policies:
 
     def flow(self, option: TensorOption, microbatch: int, name: str) -> Flow:
         """Of the unit with its operators apart."""
+        option = self.like(option, microbatch, name)
         key = (id(option), microbatch, name)
         if key not in self.flows:
             self.flows[key] = self._flow(option, self.unit(option, microbatch, name))
@@ -95,6 +107,7 @@ class Policies:
     ) -> tuple[Flow, Computing]:
         """With its kernels, where one use of the unit computes operators again."""
         listed = () if isinstance(again, str) else again
+        option = self.like(option, microbatch, name)
         key = (id(option), microbatch, name, listed)
         if key not in self.kernel_flows:
             unit = fuse_unit(
@@ -129,21 +142,26 @@ class Policies:
         self, option: TensorOption, microbatch: int, name: str, operators: Operators
     ) -> Again | None:
         """The price of a choice for one use of a unit; None when nothing runs again."""
+        if not operators:
+            return None
+        option = self.like(option, microbatch, name)
         key = (id(option), microbatch, name, operators)
         if key not in self.priced:
-            made = self.price(option, microbatch, name, operators) if operators else None
-            self.priced[key] = made if made and made.operators else None
+            made = self.price(option, microbatch, name, operators)
+            self.priced[key] = made if made.operators else None
         return self.priced[key]
 
     def choices(self, option: TensorOption, microbatch: int, name: str) -> list[Again]:
         """What is worth computing again in a unit. Sets of operators are found at one sequence, and
         priced at each micro-batch."""
+        option = self.like(option, microbatch, name)
         at = (id(option), microbatch, name)
         if at not in self.lists:
             size = self.sample(microbatch)
-            key = (id(option), size, name)
+            first = self.like(option, size, name)
+            key = (id(first), size, name)
             if key not in self.found:
-                self.found[key] = self._corners(option, size, name)
+                self.found[key] = self._corners(first, size, name)
             sets: list[Operators] = [*self.found[key], EVERYTHING]
             self.lists[at] = [self.price(option, microbatch, name, s) for s in sets]
         return self.lists[at]

@@ -60,8 +60,9 @@ class Repeats:
 
     def fewest(self, option: TensorOption, microbatch: int, recompute: Recompute) -> Stage:
         """The chain as one stage that keeps no more than any choice of `recompute`."""
-        full = Recompute.FULL if recompute is Recompute.SELECTIVE else recompute
-        return self.whole(option, microbatch, full)
+        if recompute in (Recompute.SELECTIVE, Recompute.FULL):
+            return self.chain.least_kept(option, microbatch)
+        return self.whole(option, microbatch, recompute)
 
     def stages(self, shape: Shape, chosen: Chosen) -> list[Stage]:
         """The stages of a shape whose instances compute again what is chosen for each."""
