@@ -27,13 +27,27 @@ def units_by_parameter(model: nn.Module) -> dict[nn.Parameter, Any]:
 
 def reduce_unit(group: Any) -> None:
     """Reduce its gradients, if the root is to, and free its parameters, if the root is to."""
+    _in_one_type(group)
     group.post_backward()
 
 
 def finish_backward(model: nn.Module) -> None:
     """The same for the units that are left; then wait for reductions, if the backward was the
     step's last."""
+    for state in _root(model)._state_ctx.all_states:
+        for group in _groups(state):
+            _in_one_type(group)
     _root(model)._root_post_backward_final_callback()
+
+
+def _in_one_type(group: Any) -> None:
+    """FSDP2 reduces a unit's gradients together, and those of the first part of a split backward
+    wait in the reduction's type: the second part's join them there."""
+    params = [p for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
+    if any(p.unsharded_accumulated_grad is not None for p in params):
+        for p in params:
+            if p.unsharded_accumulated_grad is None:
+                p.to_accumulated_grad_if_needed()
 
 
 def _root(model: nn.Module) -> Any:

@@ -167,20 +167,20 @@ class Executor:
         for action in actions:
             match action.kind:
                 case "F":
-                    part = self._forward(step, action)
-                    loss = loss if part is None else loss + part
+                    loss = _plus(loss, self._forward(step, action))
                 case "B" | "I":
                     self._backward(step, action)
                 case "W":
                     self._weights(step, action)
                 case "SEND_F":
-                    value = step.outputs[action.stage, action.microbatch].detach()
-                    self._send(step, action, value, to=action.stage + 1)
+                    # no name for what is sent, which would hold it until the next is
+                    at = action.stage, action.microbatch
+                    self._send(step, action, step.outputs[at].detach(), to=action.stage + 1)
                     if not train:
-                        del step.outputs[action.stage, action.microbatch]
+                        del step.outputs[at]
                 case "SEND_B":
-                    gradient = step.gradients.pop((action.stage, action.microbatch))
-                    self._send(step, action, gradient, to=action.stage - 1)
+                    at = action.stage, action.microbatch
+                    self._send(step, action, step.gradients.pop(at), to=action.stage - 1)
                 case "RECV_F" | "RECV_B":
                     self._receive(step, action)
                 case "UNSHARD":
@@ -293,6 +293,10 @@ class Executor:
         for work in dist.batch_isend_irecv(pair):
             work.wait()
         return received
+
+
+def _plus(loss: Tensor, part: Tensor | None) -> Tensor:
+    return loss if part is None else loss + part
 
 
 def _parse(word: str) -> Action:

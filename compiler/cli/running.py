@@ -7,13 +7,12 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
-from dataclasses import asdict
 from pathlib import Path
 
 from llmspec.compiler import driver
 from llmspec.compiler.cli.console import DIAGNOSTICS, OK, fault, product, product_json, status
 from llmspec.compiler.cli.planning import no_plan, the_plan
-from llmspec.compiler.dryrun.run import Role, RoleFailed, dry_run
+from llmspec.compiler.dryrun.run import WITHIN, Difference, Role, RoleFailed, dry_run
 from llmspec.compiler.plan import Plan
 from llmspec.compiler.search.search import Infeasible
 from llmspec.compiler.text import in_bytes
@@ -70,6 +69,7 @@ def render_report(report: Report, planned: int, ran: int) -> str:
 
 
 def dryrun(options: Namespace) -> int:
+    """Whether the program does what the plan says: every collective, and each peak within 1 %."""
     answer = the_plan(options)
     if isinstance(answer, Infeasible):
         return no_plan(answer, as_data=options.json)
@@ -85,36 +85,87 @@ def dryrun(options: Namespace) -> int:
         product_json({"schema": 1, "roles": [role_json(role) for role in roles]})
     else:
         product("\n".join(line for role in roles for line in role_lines(role)))
-    return OK
+    different = sum(not role.agrees for role in roles)
+    if different:
+        status("Failed", f"{different} of {len(roles)} pipeline ranks do not do what the plan says")
+    return DIAGNOSTICS if different else OK
+
+
+SHOWN = 8
+"""Lines of what a differing peak is made of, and places of a differing collective."""
 
 
 def role_json(role: Role) -> dict[str, object]:
     names = ("kind", "ranks", "bytes", "count")
-    sent = [dict(zip(names, one, strict=True)) for one in role.collectives]
-    different = [
-        dict(zip((*names[:3], "planned", "executed"), d, strict=True)) for d in role.differing
-    ]
-    shown = {**asdict(role), "collectives": sent, "error": role.error, "differing": different}
-    del shown["predicted_collectives"]
-    return shown
+    return {
+        "pipeline_rank": role.pipeline_rank,
+        "agrees": role.agrees,
+        "peak_bytes": role.peak_bytes,
+        "peak_at": role.peak_at,
+        "peak_place": role.peak_place,
+        "at_peak": [
+            {
+                "operator": one.operator,
+                "place": one.place,
+                "dtype": one.dtype,
+                "shape": list(one.shape),
+                "bytes": one.size_bytes,
+            }
+            for one in role.at_peak
+        ],
+        "resting_bytes": role.resting_bytes,
+        "predicted_bytes": role.predicted_bytes,
+        "error": role.error,
+        "microbatches_counted": role.counted,
+        "collectives": [dict(zip(names, one, strict=True)) for one in role.collectives],
+        "differing": [
+            {
+                "kind": one.kind,
+                "ranks": one.ranks,
+                "bytes": one.size_bytes,
+                "planned": one.planned,
+                "executed": one.executed,
+                "places": list(one.places),
+                "units": list(one.units),
+            }
+            for one in role.differing
+        ],
+    }
 
 
 def role_lines(role: Role) -> list[str]:
     lines = [
         f"pipeline rank {role.pipeline_rank}: {in_bytes(role.peak_bytes)} of live tensors at the "
-        f"peak, in {role.peak_at}; predicted {in_bytes(role.predicted_bytes)} "
-        f"({100 * role.error:+.1f} %)"
+        f"peak, predicted {in_bytes(role.predicted_bytes)} ({100 * role.error:+.1f} %)",
+        f"  reached by {role.peak_at} in {role.peak_place}",
     ]
+    if role.counted:
+        lines.append(
+            f"  {role.counted} micro-batches were counted like the ones before them, not run"
+        )
     for kind, ranks, size, count in role.collectives:
         lines.append(f"  {kind:14} {in_bytes(size):>10} over {ranks} ranks, {count} times")
-    for kind, ranks, size, said, done in role.differing:
-        lines.append(
-            f"  differs: {kind} of {size:,} bytes over {ranks} ranks, "
-            f"{said} times in the plan, {done} executed"
-        )
     if not role.differing:
         lines.append("  every collective is the plan's")
+    for one in role.differing:
+        lines += _difference_lines(one)
+    if abs(role.error) > WITHIN:
+        lines.append("  differs: the peak; the largest tensors alive then, by what made them")
+        lines += [
+            f"    {in_bytes(one.size_bytes):>10}  {one.operator} {one.dtype}{list(one.shape)} "
+            f"in {one.place}"
+            for one in role.at_peak[:SHOWN]
+        ]
     return lines
+
+
+def _difference_lines(one: Difference) -> list[str]:
+    planned = f" of {' and '.join(f'`{unit}`' for unit in one.units)}" if one.units else ""
+    head = (
+        f"  differs: {one.kind} of {one.size_bytes:,} bytes over {one.ranks} ranks, "
+        f"{one.planned} times in the plan{planned}, {one.executed} executed"
+    )
+    return [head, *(f"    in {place}" for place in one.places[:SHOWN])]
 
 
 # --------------------------------------------------------------------------------------------------

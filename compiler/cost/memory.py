@@ -164,13 +164,15 @@ Passing = tuple[Beside, Beside]
 
 class _Sums(NamedTuple):
     """What of a residence decides when ZeRO gathers and sums, and in how many parts. adds_up:
-    several micro-batches are in flight as sums are added up."""
+    several micro-batches are in flight as sums are added up. retains: what a stage sums last in a
+    micro-batch stays until it sums again."""
 
     zero: int
     shards: int
     expert_shards: int
     each_time: bool
     adds_up: bool
+    retains: bool
 
 
 Around = Sequence[Mapping[int, Passing]]
@@ -181,43 +183,69 @@ def passing(stage: Stage, home: Residence, types: Types, in_place: bool) -> Arou
     all that are like it), and the one that goes backward last.
 
     in_place: gradients are summed where they are."""
-    runs = tuple((run.count, _zero_elements(run, home)) for run in reversed(stage.runs))
+    runs = tuple(_zero_run(stage, run, home) for run in reversed(stage.runs))
+    retains = home.zero > 1 and home.microbatches > 1
     several = home.in_flight > 1
-    sums = _Sums(home.zero, home.shards, home.expert_shards, home.sums_each_time, several)
-    # what was summed last, the root, waits for the next micro-batch's first sum
-    again = home.zero > 1 and home.microbatches > 1
+    sums = _Sums(home.zero, home.shards, home.expert_shards, home.sums_each_time, several, retains)
+    return _passing(runs, sums, types, in_place)
+
+
+class _ZeroRun(NamedTuple):
+    """Uses of a unit: how many, and elements of each, and of its experts'. begins: a stage begins
+    with them; ends: elements of what that stage sums last."""
+
+    uses: int
+    elements: tuple[int, int]
+    begins: bool
+    ends: int
+
+
+def _zero_run(stage: Stage, run: Run, home: Residence) -> _ZeroRun:
+    elements = _zero_elements(run, home)
     root = stage.root_elements - (stage.root_expert_elements if home.gathers_experts else 0)
-    return _passing(runs, sums, types, in_place, root if again else 0)
+    return _ZeroRun(run.count, elements, run.begins, elements[0] if run.repeated else root)
 
 
 @lru_cache(maxsize=1 << 16)
-def _passing(
-    runs: tuple[tuple[int, tuple[int, int]], ...],
-    sums: _Sums,
-    types: Types,
-    in_place: bool,
-    root: int,
-) -> Around:
-    """`runs`: (uses, elements of the unit of each, and of its experts'). root: elements of what has
-    been summed before."""
-    sizes = [(0, 0), *(own for _, own in runs), (0, 0)]
+def _passing(runs: tuple[_ZeroRun, ...], sums: _Sums, types: Types, in_place: bool) -> Around:
+    sizes = [*(run.elements for run in runs), (0, 0)]
     out: list[dict[int, Passing]] = []
-    done, summed = 0, (root, 0)
-    for (count, _), own, before in zip(runs, sizes[1:], sizes[2:], strict=False):
+    done = 0
+    pending = _pending(runs, sums, types)
+    for index, (count, own, *_) in enumerate(runs):
+        before = sizes[index + 1]
         found: dict[int, Passing] = {}
         end = count - 1
         for place in dict.fromkeys((0, min(1, end), end)):
             if sums.zero == 0:
                 found[place] = NOTHING, NOTHING
                 continue
-            earlier, later = (own if place else summed), (own if place < end else before)
+            later = own if place < end else before
             two = _zero_3(own, later, types) if sums.zero == 3 else (NOTHING, NOTHING)
             if not in_place:
-                two = _summing(two, earlier, own, done + place * sum(own), sums, types)
+                waits = pending[index][place > 0]
+                two = _summing(two, waits, own, done + place * sum(own), sums, types)
             found[place] = two
         done += count * sum(own)
-        summed = own if sum(own) else summed
         out.append(found)
+    return out
+
+
+def _pending(
+    runs: tuple[_ZeroRun, ...], sums: _Sums, types: Types
+) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """For each run, bytes that wait to be let go before its first use goes backward, and before a
+    later one; each also of other stages alone."""
+    first = [types.reduced * r.ends if sums.retains else 0 for r in runs if r.begins]
+    out, stage, before = [], 0, first[0] if first else 0
+    for run in runs:
+        others = sum(first) - first[stage] if stage < len(first) else 0
+        own = types.reduced * run.elements[0] if sum(run.elements) else before
+        out.append(((before + others, others), (own + others, others)))
+        before = own
+        if run.begins:
+            stage += 1
+            before = first[stage] if stage < len(first) else 0
     return out
 
 
@@ -229,18 +257,19 @@ def _zero_3(own: tuple[int, int], later: tuple[int, int], types: Types) -> Passi
 
 def _summing(
     held: Passing,
-    earlier: tuple[int, int],
+    waits: tuple[int, int],
     own: tuple[int, int],
     done: int,
     sums: _Sums,
     types: Types,
 ) -> Passing:
     """What sums gradients takes them in its own type and gives this rank's part; it has its input
-    until the next sum begins. `done`: elements of units that are through.
+    until the stage's next sum begins. `waits`: bytes of such inputs, and of those of other stages;
+    `done`: elements of units that are through.
 
     ZeRO 1 sums in the last micro-batch alone, whose weights and whole gradients leave meanwhile.
     """
-    pending = types.reduced * earlier[0]
+    pending, elsewhere = waits
     largest = max(own)
     ways = sums.shards if largest == own[0] else sums.expert_shards
     summed = types.reduced * largest + types.reduced * -(-largest // ways)
@@ -249,7 +278,7 @@ def _summing(
         summed += types.compute * largest  # as they were computed
         return (
             Beside(during.gathered, pending, during.gradients),
-            Beside(after.gathered, summed, after.gradients),
+            Beside(after.gathered, summed + elsewhere, after.gradients),
         )
     if sums.adds_up:
         return held

@@ -30,13 +30,15 @@ class Run:
 
     recompute: what of each use runs again in its backward; None: nothing.
     repeated: ZeRO gathers each use by itself; what is not repeated is gathered together, as the
-    root. block: stands between the chain's first and last unit."""
+    root. block: stands between the chain's first and last unit. begins: what its stage begins
+    with."""
 
     cost: UnitCost
     count: int
     recompute: Again | None
     repeated: bool
     block: bool = False
+    begins: bool = False
 
     @property
     def again_s(self) -> float:

@@ -262,6 +262,9 @@ class _Tally:
         own = sum(self.bytes_of(*key) for key in self.kept - before)
         self.frees[node] = own + cost.saved.extra_bytes
         self.send(node, shapes, cost)
+        numbers = entry_of(node).numbers
+        for one in numbers(node, shapes, self.width) if numbers is not None else ():
+            self.sends[one.axis, str(one.kind), one.size_bytes, True] += one.count
         return cost
 
     def send(self, node: fx.Node, shapes: Shapes, cost: OperatorCost) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from llmspec.compiler.ops.registry import (
     Entry,
     Localised,
+    Numbers,
     Printed,
     Rule,
     Saved,
@@ -91,6 +92,13 @@ def _sends_rows(node: fx.Node, shapes: Shapes) -> tuple[Sends, ...]:
     )
 
 
+def _counted(node: fx.Node, shapes: Shapes, width: int) -> tuple[Numbers, ...]:
+    """Every rank's counts of its tokens by expert."""
+    ranks, of_each = shapes.result
+    size = INDEX_BYTES * ranks * ranks * of_each
+    return (Numbers("expert", Collective.ALL_TO_ALL, size),)
+
+
 def _printed(name: str, *arguments: str) -> Printed:
     return Printed(f"{name}({', '.join(arguments)})", (("runtime.exchange", name),))
 
@@ -113,6 +121,7 @@ def _register(
     render: Callable[[fx.Node, Sequence[str], Localised], Printed],
     sends: Callable[[fx.Node, Shapes], tuple[Sends, ...]] | None = None,
     saved: Callable[[fx.Node, Shapes], Saved] = lambda node, shapes: Saved(),
+    numbers: Callable[[fx.Node, Shapes, int], tuple[Numbers, ...]] | None = None,
 ) -> None:
     register(
         Entry(
@@ -123,11 +132,12 @@ def _register(
             saved=saved,
             render=render,
             sends=sends,
+            numbers=numbers,
         )
     )
 
 
-_register(exchange_counts, _counts_rule, _render_counts)
+_register(exchange_counts, _counts_rule, _render_counts, numbers=_counted)
 _register(own_counts, _counts_rule, _render_own)
 _register(
     send_to_experts,

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from torch import Tensor, fx
 
 from llmspec.compiler.ops.linear import linear
-from llmspec.compiler.ops.loss import FLOAT32, copied_bytes, cross_entropy
+from llmspec.compiler.ops.loss import FLOAT32, copied_bytes, cross_entropy, row_statistics
 from llmspec.compiler.ops.registry import (
     Entry,
     Kernel,
     Localised,
+    Numbers,
     Printed,
     Rule,
     Saved,
@@ -95,6 +96,12 @@ def _chunk(node: fx.Node, shapes: Shapes) -> int:
     return min(int(node.args[3]), _sizes(shapes)[0])  # type: ignore[arg-type]
 
 
+def _numbers(node: fx.Node, shapes: Shapes, width: int) -> tuple[Numbers, ...]:
+    rows, vocabulary, _ = _sizes(shapes)
+    split = vocabulary < shape_of(node.args[1])[0]  # type: ignore[arg-type]
+    return row_statistics(rows, _chunk(node, shapes), width) if split else ()
+
+
 def _buffers(node: fx.Node, shapes: Shapes, element: int) -> int:
     """The hidden states, which nobody keeps; logits of a chunk, and copies of some of its rows in
     float32; of its hidden states one without what is no target."""
@@ -152,5 +159,6 @@ register(
         buffers=_buffers,
         makes_gradients=True,
         remark=_remark,
+        numbers=_numbers,
     )
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from llmspec.compiler.ops.registry import (
     Entry,
     Localised,
+    Numbers,
     Printed,
     Rule,
     Saved,
@@ -20,6 +22,7 @@ from llmspec.compiler.ops.registry import (
     register,
     shape_of,
 )
+from llmspec.compiler.placement import Collective
 
 FLOAT32 = 4
 COPY_BYTES = 32 * 2**20
@@ -59,6 +62,25 @@ def _saved(node: fx.Node, shapes: Shapes) -> Saved:
     return Saved(operands=(0,), extra_bytes=14 * numel(shapes.operands[0][:-1]))
 
 
+def _numbers(node: fx.Node, shapes: Shapes, width: int) -> tuple[Numbers, ...]:
+    logits = shapes.operands[0]
+    split = logits[-1] < shape_of(node.args[0])[-1]  # type: ignore[arg-type]
+    rows = numel(logits[:-1])
+    return row_statistics(rows, rows, width) if split else ()
+
+
+def row_statistics(rows: int, chunk: int, width: int) -> tuple[Numbers, ...]:
+    """Of a split vocabulary, for so many rows at a time: each row's largest logit, then two sums
+    (runtime/loss.py)."""
+    wide = max(width, FLOAT32)
+    sizes = Counter([chunk] * (rows // chunk) + [rows % chunk] * (rows % chunk > 0))
+    return tuple(
+        Numbers("tensor", Collective.ALL_REDUCE, wide * n * size, count)
+        for size, count in sizes.items()
+        for n in (1, 2)
+    )
+
+
 def copied_bytes(rows: int, vocabulary: int, width: int) -> int:
     """That the softmax of some rows has at once: of short types a copy and the result in float32,
     else the result."""
@@ -96,5 +118,6 @@ register(
         buffers=_buffers,
         moved=_moved,
         overwrites="loss",
+        numbers=_numbers,
     )
 )

@@ -197,6 +197,17 @@ class Sends:
 
 
 @dataclass(frozen=True, slots=True)
+class Numbers:
+    """What an operator sends in its forward besides: a few numbers of each row or expert, too few
+    to take time, but a collective like any other. size_bytes: of the whole value."""
+
+    axis: str
+    kind: Collective
+    size_bytes: int
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Tiled:
     """A product inside one kernel of its own, such as attention's: `blocks` of work that may run
     side by side, each over `depth` keys.
@@ -266,6 +277,8 @@ class Entry:
     """Of a contraction that has a kernel of its own: it runs at the device's rate of attention."""
     sends: Callable[[fx.Node, Shapes], tuple[Sends, ...]] | None = None
     """What it sends over the context or expert axis; None: nothing."""
+    numbers: Callable[[fx.Node, Shapes, int], tuple[Numbers, ...]] | None = None
+    """Likewise, in a compute type of so many bytes, what takes no time."""
     buffers: Callable[[fx.Node, Shapes, int], int] | None = None
     """Bytes that its backward has alive besides its result and the gradients of its operands, in a
     compute type of so many bytes; None: nothing."""

@@ -232,10 +232,11 @@ class Chain:
             own = bool(instance.prefix) or not alone or not tied
             return instance.unit, chosen[index - start], own, 0 < index < last
 
-        runs = []
+        runs: list[Run] = []
         for (name, operators, own, block), same in groupby(
             range(start, start + len(chosen)), key=kind
         ):
-            runs.append(Run(costs[name], len(list(same)), price(name, operators), own, block))
+            again = price(name, operators)
+            runs.append(Run(costs[name], len(list(same)), again, own, block, begins=not runs))
         copies = 0 if alone else sum(r.cost.tied_elements * r.count for r in runs)
         return Stage(tuple(runs), copies)

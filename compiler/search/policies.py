@@ -398,10 +398,12 @@ def _mixed(
         first = min(left[name], run.count)
         left[name] -= first
         split = pick[name]
+        begins = run.begins
         for count, operators in ((first, split.first), (run.count - first, split.rest)):
             if count:
                 chosen = again(name, operators)
-                out.append(Run(run.cost, count, chosen, run.repeated, run.block))
+                out.append(Run(run.cost, count, chosen, run.repeated, run.block, begins=begins))
+                begins = False
     return tuple(out)
 
 

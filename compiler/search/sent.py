@@ -11,7 +11,9 @@ from torch import fx
 from llmspec.compiler.cost.data import buckets
 from llmspec.compiler.cost.stage import Stage
 from llmspec.compiler.cost.unit import parameter_nodes, resolve
+from llmspec.compiler.graph import Unit
 from llmspec.compiler.ops.registry import numel, shape_of
+from llmspec.compiler.ops.routing import expert_counts
 from llmspec.compiler.placement import Collective, local_shape
 from llmspec.compiler.schedules import stages_of
 from llmspec.compiler.search.candidates import Candidate
@@ -22,6 +24,9 @@ Key = tuple[str, str, int, int]
 
 NORM_BYTES = 8
 """The square of the gradients' norm, in float64."""
+
+COUNT_BYTES, WORST_BYTES = 8, 16
+"""Of one expert's tokens, and of the worst load and share dropped (runtime/balance.py)."""
 
 
 def collectives_of(
@@ -37,6 +42,7 @@ def collectives_of(
         _partial(counted, space, found, stages[stage])
     if mesh.pipeline > 1:
         _between_stages(counted, space, found, stages, own)
+    _loads(counted, space, found, own)
     if mesh.world_size > 1:
         counted[str(Collective.ALL_REDUCE), "world", mesh.world_size, NORM_BYTES] += 1
     return [
@@ -116,6 +122,25 @@ def _bucket_bytes(space: Space, found: Candidate, stage: int) -> Iterator[tuple[
     for bucket in buckets([(stored * size, split) for size, split in own]):
         axis = "expert_data" if own[bucket[0]][1] else "data"
         yield axis, space.types.reduced * sum(own[i][0] for i in bucket)
+
+
+def _loads(counted: Counter[Key], space: Space, found: Candidate, own: tuple[int, ...]) -> None:
+    """Once a step: how many tokens each expert got, and of all pipeline ranks the worst."""
+    mesh, graph = found.mesh, space.graph(1)
+    counts = {name: _counted(unit) for name, unit in graph.units.items()}
+    here = [i for stage in own for i in graph.instances[slice(*found.shape.cut[stage])]]
+    size = COUNT_BYTES * sum(counts[instance.unit] for instance in here)
+    data = mesh.data * mesh.context
+    if size and data > 1:
+        counted[str(Collective.ALL_REDUCE), "data", data, size] += 1
+    if any(counts.values()) and mesh.pipeline > 1:
+        counted[str(Collective.ALL_REDUCE), "pipeline", mesh.pipeline, WORST_BYTES] += 1
+
+
+def _counted(unit: Unit) -> int:
+    """Numbers that its routers add up for their experts."""
+    tables = [n.args[1] for n in unit.calls() if n.target is expert_counts]
+    return sum(numel(shape_of(table)) for table in tables if isinstance(table, fx.Node))
 
 
 def _first_use(node: fx.Node) -> int:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from llmspec.compiler.cli.running import role_lines
+from llmspec.compiler.driver import Session, compile_plan
+from llmspec.compiler.dryrun import run
 from llmspec.compiler.dryrun.live import LiveBytes, resizes_seen
-from llmspec.compiler.dryrun.run import Role, dry_run
+from llmspec.compiler.dryrun.run import dry_run
 from llmspec.compiler.passes.shard import whole_placement
 from llmspec.compiler.plan import Plan
 from llmspec.compiler.views import seen, view_of
@@ -79,25 +83,76 @@ def test_the_loss_makes_no_whole_logits(tensor: int) -> None:
         assert whole.peak_bytes > 2 * logits
 
 
-def unexplained(role: Role, plan: Plan) -> list[tuple[str, int, int, int, int]]:
-    """Collectives that differ, but for small ones that the plan does not price: what the loss of a
-    split vocabulary sends (numbers of each token), how many rows go to each expert."""
-    small = 4 * 2 * plan.microbatch * 128
-    statistics = {("all_reduce", plan.mesh.tensor), ("all_to_all", plan.mesh.expert)}
-    statistics |= {("all_reduce", plan.mesh.data * plan.mesh.context)}
-    return [
-        one
-        for one in role.differing
-        if not (one[:2] in statistics and one[2] <= small and one[3] == 0)
-    ]
-
-
 @pytest.mark.parametrize("zero", [0, 3])
 def test_collectives_are_what_the_plan_says(zero: int) -> None:
     pins = f"data = 2; tensor = 2; zero = {zero}; microbatch = 1; recompute = none"
     session, plan = planned(spec_text(MODEL, 4, 8, pins))
     (role,) = dry_run(session, plan)
-    assert role.predicted_collectives and not unexplained(role, plan)
+    assert role.predicted_collectives and not role.differing
+
+
+def emitted_with(monkeypatch: pytest.MonkeyPatch, line: str, other: str) -> None:
+    """Programs have `other` where they had `line`, once."""
+
+    def emit(session: Session, plan: Plan, folder: Path) -> None:
+        compile_plan(session, plan, folder)
+        text = (folder / "model.py").read_text()
+        assert text.count(line) == 1, text
+        (folder / "model.py").write_text(text.replace(line, other))
+
+    monkeypatch.setattr(run, "compile_plan", emit)
+
+
+def test_what_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that sums twice, and holds on to what it needs no more."""
+    session, plan = planned(spec_text(MODEL, 2, 8, "tensor = 2; sequence = off; microbatch = 2"))
+    twice = "again_BTD = all_reduce(all_reduce(down_BTD, axis=self.tensor), axis=self.tensor)"
+    line = "return all_reduce(down_BTD, axis=self.tensor)"
+    kept = f"{twice}; self.kept = again_BTD.repeat(1, 64, 1); return again_BTD"
+    emitted_with(monkeypatch, line, kept)
+    (role,) = dry_run(session, plan)
+    (wrong,) = role.differing
+    # of two blocks in four micro-batches
+    assert (wrong.kind, wrong.ranks) == ("all_reduce", 2)
+    assert wrong.executed - wrong.planned == 2 * 4
+    assert any(twice in place for place in wrong.places) and "layer" in wrong.units
+    assert not role.agrees and role.error < -0.01
+    assert role.at_peak[0].operator == "aten.repeat.default" and twice in role.at_peak[0].place
+    text = "\n".join(role_lines(role))
+    assert f"`{kept}` (model.py:" in text and "and `layer`" in text
+    assert "differs: the peak" in text and "aten.repeat.default" in text
+
+
+FOLDED = ("pipeline = 2; schedule = interleaved; interleave = 2", 2)
+FOLDED_LONG = [
+    ("recompute = none", 1),
+    ("pipeline = 2; schedule = gpipe", 2),
+    ("data = 2; zero = 2", 2),
+    ("pipeline = 2; schedule = 1f1b; data = 2; zero = 3; recompute = full", 4),
+    ("pipeline = 4; schedule = 1f1b; tensor = 2", 8),
+    ("pipeline = 2; schedule = zero_bubble", 2),
+    ("pipeline = 2; schedule = zero_bubble; data = 2; zero = 2", 4),
+    ("pipeline = 2; schedule = interleaved; interleave = 2; data = 2; zero = 1", 4),
+    ("pipeline = 2; schedule = zbv", 2),
+    ("pipeline = 2; schedule = zbv; data = 2; zero = 2", 4),
+    ("pipeline = 2; schedule = dualpipev", 2),
+    ("pipeline = 4; schedule = dualpipev; data = 2; zero = 3", 8),
+]
+
+
+@pytest.mark.parametrize(
+    ("pins", "devices"),
+    [FOLDED, *(pytest.param(*case, marks=pytest.mark.long) for case in FOLDED_LONG)],
+)
+def test_what_is_counted_is_what_would_have_run(pins: str, devices: int) -> None:
+    model = MODEL.replace("layers=2", "layers=8")
+    session, plan = planned(spec_text(model, devices, 24, f"{pins}; microbatch = 1", "bf16"))
+    for short, whole in zip(
+        dry_run(session, plan), dry_run(session, plan, whole=True), strict=True
+    ):
+        assert short.counted > 0 == whole.counted
+        for name in ("peak_bytes", "peak_at", "resting_bytes", "collectives"):
+            assert getattr(short, name) == getattr(whole, name), (name, short.pipeline_rank)
 
 
 EVERY = (
@@ -107,7 +162,7 @@ EVERY = (
     "data = 4; shard = 2; zero = 2; microbatch = 1@4",
     "data = 4; shard = 2; zero = 3; microbatch = 1; recompute = full@4",
     "tensor = 2; sequence = off; microbatch = 2@2",
-    "tensor = 4; sequence = on; microbatch = 2; recompute = full@4",
+    "tensor = 2; sequence = on; microbatch = 2; recompute = full@2",
     "data = 2; tensor = 2; sequence = on; zero = 1; microbatch = 1@4",
     "context = 2; context_style = ring; zero = 0; microbatch = 2@2",
     "context = 2; context_style = ulysses; zero = 2; microbatch = 2@2",
@@ -151,4 +206,4 @@ def test_collectives_under_every_key(case: str) -> None:
     model = MIXTURE if case.startswith("experts") else dense
     session, plan = planned(spec_text(model, int(devices), 8, pins, "bf16"))
     for role in dry_run(session, plan):
-        assert not unexplained(role, plan), role.pipeline_rank
+        assert not role.differing, role.pipeline_rank
