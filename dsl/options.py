@@ -139,6 +139,7 @@ ATTENTION = (
     flag("bias"),
     OptionRow(name="window", kind=Kind.COUNT, none=True),
     flag("explicit"),
+    number("dropout", 0.0, Kind.PROBABILITY),
     OptionRow(name="qk_norm", kind=Kind.POSITIVE, none=True),
 )
 LATENT_ATTENTION = (

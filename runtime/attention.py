@@ -74,19 +74,27 @@ def explicit_attention(
     window: int | None = None,
     start: int = 0,
 ) -> Tensor:
-    """`attention` with scores and weights [B, H, T, S] written out; the softmax is in float32."""
-    length, keys = q_BTHE.shape[1], k_BSKE.shape[1]
+    """`attention` with scores and weights [B, H, T, S] written out."""
     repeat = q_BTHE.shape[2] // k_BSKE.shape[2]
     k_BHSE = k_BSKE.transpose(1, 2).repeat_interleave(repeat, dim=1)
     v_BHSE = v_BSKE.transpose(1, 2).repeat_interleave(repeat, dim=1)
     scale = q_BTHE.shape[3] ** -0.5
     scores_BHTS = (q_BTHE.transpose(1, 2) * scale) @ k_BHSE.transpose(2, 3)
-    if _masked(causal, window, length, keys, start):
-        mask_TS = _visible_like(q_BTHE, length, keys, causal, window, start)
-        scores_BHTS = scores_BHTS.masked_fill(~mask_TS, float("-inf"))
-    wide = torch.promote_types(scores_BHTS.dtype, torch.float32)
-    weights_BHTS = scores_BHTS.softmax(dim=-1, dtype=wide).to(v_BHSE.dtype)
+    weights_BHTS = masked_softmax(scores_BHTS, causal, window, start)
     return (weights_BHTS @ v_BHSE).transpose(1, 2)
+
+
+def masked_softmax(
+    scores_BHTS: Tensor, causal: bool, window: int | None = None, start: int = 0
+) -> Tensor:
+    """Weights over the keys that each query sees, in the type of the scores; inside, PyTorch's
+    kernels have float32 at least, and autograd keeps nothing wider than the result."""
+    length, keys = scores_BHTS.shape[2:]
+    if _masked(causal, window, length, keys, start):
+        hidden = _hidden if type(scores_BHTS) is Tensor else _hidden.__wrapped__
+        mask_TS = hidden(scores_BHTS.device, length, keys, causal, window, start)
+        scores_BHTS = scores_BHTS.masked_fill(mask_TS, float("-inf"))
+    return scores_BHTS.softmax(dim=-1)
 
 
 def _masked(causal: bool, window: int | None, length: int, keys: int, start: int) -> bool:
@@ -102,6 +110,14 @@ def _visible_like(
     # Masks made under a fake-tensor mode are fake: they must not outlive it.
     visible = _visible if type(x) is Tensor else _visible.__wrapped__
     return visible(x.device, length, keys, causal, window, start)
+
+
+@lru_cache(maxsize=4)
+def _hidden(
+    device: torch.device, length: int, keys: int, causal: bool, window: int | None, start: int
+) -> Tensor:
+    with torch.inference_mode(False):
+        return ~_visible.__wrapped__(device, length, keys, causal, window, start)
 
 
 @lru_cache(maxsize=4)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from bench.validation.chosen import SAME, Searched, read_chosen
 from bench.validation.compared import GIB, Compared, by_family, counted, percentile, spearman
 from bench.validation.grids import NEAR, grids
 from bench.validation.heldout import held_out
@@ -34,7 +35,8 @@ wider each way.
 def render(compared: Sequence[Compared]) -> str:
     parts = [HEAD, _summary(compared), _held_out(compared), _orders(compared), _grids(compared)]
     parts += [_profiles(), _rejected(compared), _out_of_memory(compared), _unpriced(compared)]
-    return "\n".join([*parts, _aside(compared), _every(compared)])
+    chosen = _chosen(compared, read_chosen())
+    return "\n".join([*parts, _aside(compared), chosen, _every(compared)])
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -199,6 +201,28 @@ def _aside(compared: Sequence[Compared]) -> str:
         "of the first table counts them.\n\n"
     )
     return text + _table(("run", "error", "reason"), rows)
+
+
+def _chosen(compared: Sequence[Compared], searched: Mapping[str, Searched]) -> str:
+    rows = []
+    for one in compared:
+        found = searched.get(one.row.id)
+        if found is None:
+            continue
+        gain = "" if found.gain is None else f"{100 * found.gain:.1f} %"
+        chosen = "" if found.step_s is None else f"{found.step_s:.4g}"
+        rows.append([f"`{one.row.id}`", f"{found.published_s:.4g}", chosen, gain, found.plan])
+    gains = [s.gain for s in searched.values() if s.gain is not None]
+    worse = sum(gain < -SAME for gain in gains)
+    middle = _percent(statistics.median(gains)) if gains else "no"
+    text = (
+        "## What our search would choose\n\nNot told of the published plan, on the same devices "
+        "and with the same software (`python -m bench.searched`, which takes hours; it has been "
+        f"through {len(searched)} runs so far, one of each source after the other). Seconds, "
+        "predicted; a plan may use what its time's software had not. The chosen plan is priced "
+        f"above the published one in {worse} of them; the median gain is {middle}.\n\n"
+    )
+    return text + _table(("run", "published plan", "chosen plan", "gain", "chosen"), rows)
 
 
 def _every(compared: Sequence[Compared]) -> str:

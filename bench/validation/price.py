@@ -58,11 +58,13 @@ def price(row: Row) -> Priced:
     )
 
 
-def adapted(program: Program, profile: Profile) -> Program:
-    """The profile's constants in place of the device's, and memory without bound."""
+def adapted(program: Program, profile: Profile, *, bounded: bool = False) -> Program:
+    """The profile's constants in place of the device's, and memory without bound unless asked."""
     device = program.cluster.device
     own = profile.by_gpu.get(device.name, {})
     constants = {**device.constants, **OF_ALL, **profile.constants, **own}
     cluster = replace(program.cluster, device=replace(device, constants=constants))
-    budget = replace(program.budget, memory_bytes=UNBOUNDED_BYTES)
-    return replace(program, cluster=cluster, budget=budget)
+    program = replace(program, cluster=cluster)
+    if bounded:
+        return program
+    return replace(program, budget=replace(program.budget, memory_bytes=UNBOUNDED_BYTES))

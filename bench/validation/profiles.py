@@ -68,14 +68,22 @@ ADDED, IN_PRODUCT, DIVIDED = ({"gradient_bytes": bytes_} for bytes_ in (6.0, 0.0
 # FlashAttention of 2022 (InternEvo's docs install 1.0.5): 69 of 155 TFLOP/s of FlashAttention-2 at
 # 2048 tokens, heads of 128, causal (its chart for A100).
 FLASH_1 = {"a100-80-sxm4": {"attention_efficiency": 0.29}}
-# A context of 1573 MiB (the source's own reading), a gigabyte of the channels of NCCL's groups,
+# A context of 1573 MiB (the source's own reading), and a gigabyte of the channels of NCCL's groups.
+CONTEXT = 1573 * 2**20 + 1e9
 # DeepSpeed's defaults of `reduce_bucket_size` and `allgather_bucket_size`.
-BUCKETS = {"fixed_bytes": 1573 * 2**20 + 1e9 + 2 * 2 * 5e8}
+BUCKETS = {"fixed_bytes": CONTEXT + 2 * 2 * 5e8}
 # ZeRO's step makes one flat copy of its part of the gradients in fp16, one in float32: longer than
 # what activations have left in pieces, they are new memory.
 FLAT_COPIES = {"part_bytes": 6.0}
-# BF16_Optimizer adds to float32 sums after a backward: its bf16 gradients are whole until then.
-BOTH_GRADIENTS = {"part_bytes": 0.0, "held_bytes": 2.0}
+# BF16_Optimizer adds to float32 sums after a backward: its bf16 gradients are whole until then. Its
+# sums are reduced as flat copies that are full once they have over 500 million elements
+# (`allreduce_no_retain`).
+BOTH_GRADIENTS = {
+    "part_bytes": 0.0,
+    "held_bytes": 2.0,
+    "fixed_bytes": CONTEXT,
+    "bucket_elements": 5e8,
+}
 # AdamW written operator by operator: decay 8 bytes a parameter, first moment 20, second 20, root
 # and bias 24, update 16; and clipping 16.
 EAGER_ADAMW = {"optimizer_bytes": 104.0}

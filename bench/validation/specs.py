@@ -10,8 +10,8 @@ class Missing(Exception):
     """What a run has and the language does not."""
 
 
-def spec_text(row: Row, profile: Profile) -> str:
-    """Errors: Missing."""
+def spec_text(row: Row, profile: Profile, *, pinned: bool = True) -> str:
+    """`pinned`: to the published plan. Errors: Missing."""
     inside, nodes = row.nodes
     gbits = NETWORK_GBITS.get(row.interconnect)
     network = f"; network = {gbits} Gb/s per gpu" if gbits and nodes > 1 else ""
@@ -22,7 +22,7 @@ train t {{
     batch = {row.batch} sequences
     optimizer = adamw; precision = {_precision(row, profile)}
 }}
-plan {{ {"; ".join(pins(row, profile))} }}
+{f"plan {{ {'; '.join(pins(row, profile))} }}" if pinned else ""}
 """
 
 

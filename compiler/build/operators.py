@@ -14,7 +14,7 @@ from torch import fx
 
 from llmspec.compiler.build.builder import UnitBuilder
 from llmspec.compiler.graph import Init
-from llmspec.compiler.ops import elementwise, shape
+from llmspec.compiler.ops import elementwise, shape, weights
 from llmspec.compiler.ops.attention import attention, rotary
 from llmspec.compiler.ops.dropout import dropout
 from llmspec.compiler.ops.embedding import embedding, positions
@@ -154,12 +154,31 @@ def build_attention(b: UnitBuilder, inputs: Inputs, o: Options, context: Context
             b.call(rotary, h, float(o["rope"]), label=h.meta["label"], dims=h.meta["dims"])
             for h in (q, k)
         )
-    mixed = b.call(
-        attention, q, k, v, o["causal"], o["window"], o["explicit"], label="mixed", dims="BTHE"
-    )
+    if o["dropout"]:
+        mixed = _dropped_attention(b, (q, k, v), o, context)
+    else:
+        mixed = b.call(
+            attention, q, k, v, o["causal"], o["window"], o["explicit"], label="mixed", dims="BTHE"
+        )
     joined = b.call(shape.flatten, mixed, 2, label="mixed", dims="BTI")
     init = residual_init(context)
     return _linear(b, joined, "out", _last(x), "D", bias=o["bias"], init=init)
+
+
+def _dropped_attention(
+    b: UnitBuilder, qkv: tuple[fx.Node, fx.Node, fx.Node], o: Options, context: Context
+) -> fx.Node:
+    """Attention in its steps: kernels that write no square out draw masks of their own, which no
+    other placement would draw."""
+    q, k, v = qkv
+    square = b.call(weights.scores, q, k, label="scores", dims="BHTS")
+    seen = o["causal"], o["window"]
+    kept = b.call(weights.masked_softmax, square, *seen, label="weights", dims="BHTS")
+    number = context.next_dropout()
+    kept = b.call(
+        dropout, kept, context.samples(), o["dropout"], number, label="dropped", dims="BHTS"
+    )
+    return b.call(weights.mixture, kept, v, label="mixed", dims="BTHE")
 
 
 def build_mlp(b: UnitBuilder, inputs: Inputs, o: Options, context: Context) -> fx.Node:

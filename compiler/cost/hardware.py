@@ -87,6 +87,10 @@ GRADIENT_BYTES = "gradient_bytes"
 """A constant: bytes a parameter that each micro-batch moves to add up gradients, by software that
 stores weights in the type that it multiplies."""
 
+BUCKET_ELEMENTS = "bucket_elements"
+"""A constant: software sums so many gradients at once, or up to one weight's more, in a flat copy
+that stays."""
+
 HELD_BYTES, PART_BYTES = "held_bytes", "part_bytes"
 """Constants: bytes that software holds besides, of each parameter of a rank's stages, and of each
 that the rank updates."""
@@ -111,7 +115,8 @@ class Machine:
         predicted here, forward, and the same backward. UPDATE is the optimizer's.
     collectives: (kind, rounds of latency, share of the link's rate), inside a node.
     kernels: what tuning found of kernels in the compute type.
-    held_bytes, part_bytes: held besides, of each parameter here and of each that is updated here.
+    held_bytes, part_bytes: held besides, of each parameter here and of each that is updated here;
+        bucket_elements: and of a flat copy of gradients, the largest weight's not counted.
     regathers: an input that tensor ranks gather for a product is kept as it was, and gathered
         again in the backward. spare_gradients: a gradient of each shape of weight is kept for all
         products to return, their sums being elsewhere.
@@ -149,6 +154,7 @@ class Machine:
     gradient_bytes: float | None = None
     held_bytes: float = 0.0
     part_bytes: float = 0.0
+    bucket_elements: float = 0.0
     regathers: bool = False
     spare_gradients: bool = False
     early_stop: bool = True
@@ -219,6 +225,7 @@ def machine_of(cluster: Cluster, types: Types) -> Machine:
         gradient_bytes=known.get(GRADIENT_BYTES),
         held_bytes=known.get(HELD_BYTES, 0.0),
         part_bytes=known.get(PART_BYTES, 0.0),
+        bucket_elements=known.get(BUCKET_ELEMENTS, 0.0),
         regathers=known.get("regathers", 0.0) > 0,
         spare_gradients=known.get("spare_gradients", 0.0) > 0,
         early_stop=known.get("early_stop", 1.0) > 0,

@@ -96,6 +96,8 @@ def ledger(stage: Stage, home: Residence, types: Types, machine: Machine) -> Led
     in_place = "gradients" in machine.fused
     peak = fullest(stage, home, types, backwards(stage, home, types, in_place))
     held = round(machine.held_bytes * stage.elements + machine.part_bytes * elements)
+    if machine.bucket_elements:
+        held += types.reduced * (round(machine.bucket_elements) + stage.largest_elements)
     if machine.spare_gradients:
         held += types.compute * stage.spare_elements
     return Ledger(

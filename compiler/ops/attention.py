@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -16,6 +16,7 @@ from llmspec.compiler.ops.registry import (
     Printed,
     Rule,
     Saved,
+    Shape,
     Shapes,
     Tiled,
     index_rule,
@@ -139,7 +140,14 @@ def _attention_saved(node: fx.Node, shapes: Shapes) -> Saved:
         windowed = has_mask(shapes, cast(int | None, node.args[4]))
         return masked_saved(shapes) if windowed else kernel_saved(shapes)
     square = b * h * t * shapes.operands[1][1]
-    return Saved(operands=(0, 1, 2), extra_bytes=6 * square)
+    if h == shapes.operands[1][2]:
+        return Saved(operands=(0, 1, 2), extra_elements=square)
+    return Saved(operands=(0,), extra_elements=square + sum(map(repeated(h), shapes.operands[1:])))
+
+
+def repeated(heads: int) -> Callable[[Shape], int]:
+    """Elements of keys or values [B, S, K, E] that are repeated for so many query heads."""
+    return lambda shape: heads * (numel(shape) // shape[2])
 
 
 def has_mask(shapes: Shapes, window: int | None) -> bool:
@@ -191,8 +199,8 @@ def _tiled(node: fx.Node, shapes: Shapes) -> Tiled | None:
 def _attention_moved(
     node: fx.Node, shapes: Shapes, width: int, fused: frozenset[str]
 ) -> tuple[float, float]:
-    """Written out, the square is masked, made wide, normalised and made narrow again; one kernel
-    for all that reads scores and writes weights."""
+    """Written out, the square is masked, then normalised; one kernel for both reads scores and
+    writes weights."""
     operands = width * sum(numel(s) for s in shapes.operands)
     result = width * numel(shapes.result)
     b, t, h, _ = shapes.operands[0]
@@ -200,11 +208,10 @@ def _attention_moved(
         statistics = 4 * b * t * h
         return operands + result + statistics, 2 * (operands + result) + 2 * statistics
     square = b * h * t * shapes.operands[1][1]
-    forward, backward = (4, 7) if "softmax" in fused else (6, 8)
-    wide = 0 if "softmax" in fused else 8
+    forward, backward = (4, 7) if "softmax" in fused else (6, 9)
     return (
-        operands + result + (forward * width + wide) * square,
-        2 * (operands + result) + (backward * width + 1.5 * wide) * square,
+        operands + result + forward * width * square,
+        2 * (operands + result) + backward * width * square,
     )
 
 

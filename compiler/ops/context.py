@@ -267,10 +267,7 @@ def _render_softmax(node: fx.Node, args: Sequence[str], _: Localised) -> Printed
         hidden = f"hidden_tokens({AXIS}, {t}, {s}, {x}.device, {options})"
         masked = f'{x}.masked_fill({hidden}, float("-inf"))'
         imports = (("runtime.context", "hidden_tokens"),)
-    return Printed(
-        f"{masked}.softmax(-1, dtype=torch.promote_types({x}.dtype, torch.float32)).to({x}.dtype)",
-        imports,
-    )
+    return Printed(f"{masked}.softmax(-1)", imports)
 
 
 _as(rotary, context_rotary, _render_rotary, turning(f", context={AXIS}"))

@@ -15,6 +15,7 @@ from torch import fx
 from llmspec.compiler.ops.attention import (
     attention,
     kernel_saved,
+    repeated,
     square_flops,
     tiled,
     visible_share,
@@ -157,14 +158,14 @@ def _ulysses_saved(node: fx.Node, shapes: Shapes) -> Saved:
     keys = _repeat(node, shapes) * (numel(shapes.operands[1]) + numel(shapes.operands[2]))
     queries = numel(shapes.operands[0])
     if not node.args[5]:
-        repeated = _repeat(node, shapes) * shapes.operands[1][2]
-        masks = 0
+        heads, masks = _repeat(node, shapes) * shapes.operands[1][2], 0
         if _windowed(node, shapes):  # as `masked_saved`
-            repeated, masks = h, (t * _ranks(node)) ** 2
-        kept = widest * b * t * (2 * h + 2 * repeated) + masks
+            heads, masks = h, (t * _ranks(node)) ** 2
+        kept = widest * b * t * (2 * h + 2 * heads) + masks
         return Saved(extra_elements=kept, extra_bytes=4 * b * t * h)
     square = b * h * t * t * _ranks(node)
-    return Saved(extra_elements=queries + keys, extra_bytes=6 * square)
+    keys = sum(map(repeated(h), shapes.operands[1:]))
+    return Saved(extra_elements=queries + keys + square)
 
 
 def _keys_and_values(shapes: Shapes) -> int:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, fx
 
-from llmspec.compiler.ops.attention import mask
+from llmspec.compiler.ops.attention import mask, repeated
 from llmspec.compiler.ops.formula import Expr, Extra, Formula, Given, Maker, Seen
 from llmspec.compiler.ops.registry import (
     Entry,
@@ -30,10 +29,10 @@ def scores(q: Tensor, k: Tensor) -> Tensor:
 
 
 def masked_softmax(x: Tensor, causal: bool, window: int | None) -> Tensor:
-    """x [B, H, T, S] -> weights over the keys that each token may see; float32 inside at least."""
+    """x [B, H, T, S] -> weights over the keys that each token may see; float32 inside at least, as
+    PyTorch's kernels are."""
     seen = mask(x.shape[2], x.shape[3], causal, window, x.device)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return x.masked_fill(~seen, float("-inf")).softmax(-1, dtype=wide).to(x.dtype)
+    return x.masked_fill(~seen, float("-inf")).softmax(-1)
 
 
 def mixture(weights: Tensor, v: Tensor) -> Tensor:
@@ -86,16 +85,10 @@ def _render_scores(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
 
 
 def _render_softmax(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
-    x, (_b, _h, t, s) = args[0], shape_of(node)
     causal, window = node.args[1:]
-    ones = f"torch.ones({t}, {s}, dtype=torch.bool, device={x}.device)"
-    hidden = [f"{ones}.triu({s - t + 1})"] if causal else []
-    if window is not None:
-        hidden.append(f"{ones}.tril({s - t - window})")  # type: ignore[operator]
-        hidden += [] if causal else [f"{ones}.triu({s - t + window})"]  # type: ignore[operator]
-    masked = f'{x}.masked_fill({" | ".join(hidden)}, float("-inf"))' if hidden else x
+    options = f", causal={causal}" + (f", window={window}" if window is not None else "")
     return Printed(
-        f"{masked}.softmax(-1, dtype=torch.promote_types({x}.dtype, torch.float32)).to({x}.dtype)"
+        f"masked_softmax({args[0]}{options})", (("runtime.attention", "masked_softmax"),)
     )
 
 
@@ -138,20 +131,6 @@ def softmax(given: str = "") -> Formula:
     )
 
 
-def _softmax_moved(
-    node: fx.Node, shapes: Shapes, width: int, fused: frozenset[str]
-) -> tuple[float, float]:
-    """A copy that is masked, the softmax of it in float32, and that in the short type; back the
-    same way."""
-    causal, window = node.args[1:]
-    wide = max(width, 4)
-    masking = 2 * width if causal or window is not None else 0
-    typed = wide + width if wide > width else 0
-    forward, backward = masking + width + wide + typed, typed + 2 * wide + width + masking
-    elements = numel(shapes.result)
-    return float(forward * elements), float(backward * elements)
-
-
 def _render_mixture(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
     weights, v = node.args
     values = _grouped(args[1], v, shape_of(weights)[1])  # type: ignore[arg-type]
@@ -161,6 +140,22 @@ def _render_mixture(node: fx.Node, args: Sequence[str], _: Localised) -> Printed
 def _product_flops(node: fx.Node, shapes: Shapes) -> float:
     square = shapes.result if node.target is scores else shapes.operands[0]
     return 2.0 * numel(square) * shapes.operands[1][-1]
+
+
+def _softmax_moved(
+    node: fx.Node, shapes: Shapes, width: int, fused: frozenset[str]
+) -> tuple[float, float]:
+    """A mask and a softmax, or one kernel for both."""
+    square = width * numel(shapes.result)
+    hides = (node.args[1] or node.args[2] is not None) and "softmax" not in fused
+    return (4.0 if hides else 2.0) * square, (5.0 if hides else 3.0) * square
+
+
+def _product_saved(node: fx.Node, shapes: Shapes) -> Saved:
+    heads = shapes.operands[0][2 if node.target is scores else 1]
+    if heads == shapes.operands[1][2]:
+        return Saved(operands=(0, 1))
+    return Saved(operands=(0,), extra_elements=repeated(heads)(shapes.operands[1]))
 
 
 for _function, _rule, _render in (
@@ -173,7 +168,7 @@ for _function, _rule, _render in (
             function=_function,
             rule=_rule,
             flops=_product_flops,
-            saved=lambda node, shapes: Saved(operands=(0, 1)),
+            saved=_product_saved,
             render=_render,
             contraction=True,
         )
@@ -185,9 +180,9 @@ register(
         function=masked_softmax,
         rule=_softmax_rule,
         flops=lambda node, shapes: 6.0 * numel(shapes.result),
-        saved=lambda node, shapes: Saved(result=True, extra_bytes=4 * numel(shapes.result)),
-        render=_render_softmax,
+        saved=lambda node, shapes: Saved(result=True),
         moved=_softmax_moved,
+        render=_render_softmax,
         formula=softmax(),
     )
 )

@@ -72,6 +72,7 @@ def llama(
                         bias=False,
                         window=None,
                         explicit=False,
+                        dropout=0.0,
                         qk_norm=None,
                     ),
                 )
@@ -125,6 +126,7 @@ def gpt(*, layers: int, width: int, heads: int, vocab: int, context: int, p: flo
         bias=True,
         window=None,
         explicit=False,
+        dropout=0.0,
         qk_norm=None,
     )
     mlp = operator(

@@ -46,6 +46,7 @@ def test_options_are_all_there():
         "bias": False,
         "window": None,
         "explicit": False,
+        "dropout": 0.0,
         "qk_norm": None,
     }
     assert list(dict(attention.options)) == sorted(dict(attention.options))

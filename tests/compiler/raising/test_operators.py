@@ -1,6 +1,7 @@
 """Operators that only raised models use: each placement and each printed call is the operator."""
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -116,9 +117,11 @@ def test_heads_can_be_split(name: str) -> None:
 def test_the_printed_call_is_the_operator(name: str) -> None:
     node, tensors = made(name)
     names = [a.name if isinstance(a, fx.Node) else repr(a) for a in node.args]
-    text = entry_of(node).render(node, names, Localised()).text
+    printed = entry_of(node).render(node, names, Localised())
     known = {f"x{i}": x for i, x in enumerate(tensors)}
-    assert torch.allclose(eval(text, {"torch": torch, "F": F}, known), run(node, tensors))
+    for module, function in printed.imports:
+        known[function] = getattr(import_module(f"llmspec.{module}"), function)
+    assert torch.allclose(eval(printed.text, {"torch": torch, "F": F}, known), run(node, tensors))
 
 
 def test_types_follow_the_widest_operand() -> None:

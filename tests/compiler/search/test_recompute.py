@@ -95,7 +95,7 @@ def test_old_attention_gives_up_its_square_before_products_of_weights():
         products = {s.name for s in flow.steps.values() if s.flops} - {"attention_mixed"}
         assert not products & set(early)
         freed = flow.again(()).kept_bytes - flow.again(early).kept_bytes
-        assert freed > 0.6 * flow.again(()).kept_bytes
+        assert freed > 0.5 * flow.again(()).kept_bytes
 
 
 def test_new_attention_gives_up_cheap_values_first():

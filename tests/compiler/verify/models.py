@@ -24,6 +24,9 @@ model m {
 }
 """
 
+# masks on the weights of attention, which is written out then
+DROPPED = GPT.replace("causal, bias)", "causal, bias, dropout=0.1)")
+
 MODELS = {"llama": LLAMA, "gpt": GPT}
 
 

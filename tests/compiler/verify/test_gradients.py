@@ -11,7 +11,7 @@ from llmspec.compiler.driver import Session
 from llmspec.compiler.ops.registry import entry_of
 from llmspec.compiler.plan import Plan
 from llmspec.compiler.verify.plan import verify_plan
-from tests.compiler.verify.models import MODELS, planned, spec_text
+from tests.compiler.verify.models import DROPPED, MODELS, planned, spec_text
 
 Case = tuple[int, int, str]
 """Devices, sequences per step, pins."""
@@ -74,7 +74,7 @@ def is_product(node: fx.Node) -> bool:
 
 def check(model: str, case: Case) -> None:
     devices, batch, pins = case
-    session, plan = planned(spec_text(MODELS[model], devices, batch, pins))
+    session, plan = planned(spec_text(MODELS.get(model, model), devices, batch, pins))
     report, small = verify_plan(session, plan, largest=4)
     assert small.mesh == plan.mesh, "the mesh under test is the plan's"
     assert plan.mesh.tensor == 1 or splits_products(session, plan), (
@@ -87,6 +87,19 @@ def check(model: str, case: Case) -> None:
 @pytest.mark.parametrize("case", DATA + TENSOR + PIPELINE + COMBINED, ids=lambda c: c[2])
 def test_gradients(model: str, case: Case) -> None:
     check(model, case)
+
+
+DROPPED_WEIGHTS: list[Case] = [
+    (4, 8, "tensor = 2; data = 2; zero = 3; microbatch = 2; sequence = on"),
+    (4, 8, "context = 2; data = 2; zero = 2; microbatch = 2"),
+    (4, 8, "data = 2; pipeline = 2; zero = 1; microbatch = 2; schedule = 1f1b; "
+     "recompute = selective"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DROPPED_WEIGHTS, ids=lambda c: c[2])
+def test_dropout_inside_attention(case: Case) -> None:
+    check(DROPPED, case)
 
 
 @pytest.mark.long
