@@ -156,9 +156,7 @@ SIZE = {"s": 1024, "h": 4096, "a": 32}
 @pytest.mark.parametrize(
     ("sequence", "recompute", "form"),
     [
-        ("off", "none", lambda t, square: 10 + 24 / t + square / t),
         ("on", "none", lambda t, square: (34 + square) / t),
-        ("off", f"[{', '.join(INSIDE[:-1])}]", lambda t, square: 10 + 24 / t),
         ("on", f"[{', '.join(INSIDE[:-1])}]", lambda t, square: 34 / t),
         ("on", "full", lambda t, square: 2 / t),
         ("off", "full", lambda t, square: 2.0),
@@ -173,6 +171,13 @@ def test_activations_of_tensor_and_sequence_ranks(t, sequence, recompute, form):
     statistics = 0 if recompute == "full" else 16 / 4096 / (t if sequence == "on" else 1)
     expected = form(t, 5 * 32 * 1024 / 4096) + statistics
     assert kept == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("t", [2, 4])
+def test_activations_of_tensor_ranks(t):
+    """10 + 24/t, with no square: written out, another placement of attention is faster here."""
+    kept = layer_bytes(**SIZE, t=t, sequence="off")
+    assert kept == pytest.approx(10 + 24 / t + 16 / 4096 + 4 * 32 / 4096 / t, abs=1e-3)
 
 
 def test_what_sequence_ranks_gather_is_kept_whole_by_emitted_programs():
