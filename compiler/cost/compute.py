@@ -161,65 +161,94 @@ def _overwritten(node: fx.Node, machine: Machine) -> bool:
 def operator_cost(node: fx.Node, shapes: Shapes, machine: Machine, width: int) -> OperatorCost:
     """`width`: bytes of an element in the compute type."""
     entry = entry_of(node)
-    flops = entry.flops(node, shapes)
     kept = kept_by(entry, machine)(node, shapes)
     saved = in_bytes(kept, width)
-    read, result, gradients = _bytes(entry, node, shapes, width)
+    moved = _bytes(entry, node, shapes, width)
+    forward, backward = _seconds(node, shapes, machine, width, saved, moved)
+    executed = entry.kernels is not None or (entry.contraction and not _joined(entry, node))
+    flops = entry.flops(node, shapes) if executed else 0.0
+    counted = entry.model_flops or entry.flops
+    return OperatorCost(
+        forward_s=forward,
+        backward_s=backward,
+        flops=flops,
+        backward_flops=entry.backward_factor(node) * flops if executed else 0.0,
+        model_flops=counted(node, shapes) if executed else 0.0,
+        saved=saved,
+        working_bytes=_working_bytes(node, shapes, machine, width, kept, moved),
+    )
+
+
+def _joined(entry: Entry, node: fx.Node) -> bool:
+    return entry.joins is not None and entry.joins(node)
+
+
+def _working_bytes(
+    node: fx.Node,
+    shapes: Shapes,
+    machine: Machine,
+    width: int,
+    kept: Saved,
+    moved: tuple[int, int, int],
+) -> int:
+    """Of the backward: what is made beside what was kept."""
+    entry, (_, result, gradients) = entry_of(node), moved
+    if entry.alias:
+        return 0
     in_place = entry.overwrites in machine.fused
     working = 0 if _overwritten(node, machine) else result
     working += (0 if entry.makes_gradients or in_place else gradients) + kept.extra_bytes
     if entry.buffers is not None and not in_place:
         working += entry.buffers(node, shapes, width)
+    return working
+
+
+def _seconds(
+    node: fx.Node,
+    shapes: Shapes,
+    machine: Machine,
+    width: int,
+    saved: Saved,
+    moved: tuple[int, int, int],
+) -> tuple[float, float]:
+    """Forward and backward: of the slower of moving and computing."""
+    entry, (read, result, gradients) = entry_of(node), moved
     if entry.alias:
-        return OperatorCost(
-            forward_s=0.0,
-            backward_s=0.0,
-            flops=0.0,
-            backward_flops=0.0,
-            model_flops=0.0,
-            saved=saved,
-            working_bytes=0,
-        )
-    counted = entry.model_flops or entry.flops
+        return 0.0, 0.0
     if entry.kernels is not None:
         forward, backward = entry.kernels(node, shapes, width)
-        return OperatorCost(
-            forward_s=machine.forward_s(entry.name, *kernels_s(forward, machine, width)),
-            backward_s=machine.backward_s(entry.name, *kernels_s(backward, machine, width)),
-            flops=flops,
-            backward_flops=entry.backward_factor(node) * flops,
-            model_flops=counted(node, shapes),
-            saved=saved,
-            working_bytes=working,
+        return (
+            machine.forward_s(entry.name, *kernels_s(forward, machine, width)),
+            machine.backward_s(entry.name, *kernels_s(backward, machine, width)),
         )
-    if entry.joins is not None and entry.joins(node):
-        return OperatorCost(
-            forward_s=0.0,
-            backward_s=machine.backward_s(entry.name, result / machine.memory_bytes_per_s),
-            flops=0.0,
-            backward_flops=0.0,
-            model_flops=0.0,
-            saved=saved,
-            working_bytes=working,
-        )
+    if _joined(entry, node):
+        return 0.0, machine.backward_s(entry.name, result / machine.memory_bytes_per_s)
     moving, back_moving = (
         (read + result + saved.extra_bytes, result + saved.extra_bytes + gradients)
         if entry.moved is None
         else entry.moved(node, shapes, width, machine.fused)
     )
     forward_rate, backward_rate = (r or machine.memory_bytes_per_s for r in entry.rates)
-    moved, back_moved = moving / forward_rate, back_moving / backward_rate
-    if not entry.contraction:
-        vector = flops / machine.vector_flops
-        return OperatorCost(
-            forward_s=machine.forward_s(entry.name, max(vector, moved)),
-            backward_s=machine.backward_s(entry.name, max(vector, back_moved)),
-            flops=0.0,
-            backward_flops=0.0,
-            model_flops=0.0,
-            saved=saved,
-            working_bytes=working,
-        )
+    moving_s, back_moving_s = moving / forward_rate, back_moving / backward_rate
+    if entry.contraction:
+        return _product_seconds(node, shapes, machine, width, moving_s, back_moving_s)
+    vector_s = entry.flops(node, shapes) / machine.vector_flops
+    return (
+        machine.forward_s(entry.name, max(vector_s, moving_s)),
+        machine.backward_s(entry.name, max(vector_s, back_moving_s)),
+    )
+
+
+def _product_seconds(
+    node: fx.Node,
+    shapes: Shapes,
+    machine: Machine,
+    width: int,
+    moving_s: float,
+    back_moving_s: float,
+) -> tuple[float, float]:
+    entry = entry_of(node)
+    flops = entry.flops(node, shapes)
     groups = 1 if entry.groups is None else entry.groups(shapes)
     tiled = entry.tiled(node, shapes) if entry.tiled is not None else None
     if tiled is None:
@@ -227,17 +256,9 @@ def operator_cost(node: fx.Node, shapes: Shapes, machine: Machine, width: int) -
     else:
         product = tiled_s(flops, tiled, machine)
     # products side by side are short: nothing of one hides what it reads
-    spent = max(product, moved) if groups == 1 else product + moved
+    spent = max(product, moving_s) if groups == 1 else product + moving_s
     factor = entry.backward_factor(node)
     back = factor * spent
     if entry.moved is not None:
-        back = max(factor * product, back_moved)
-    return OperatorCost(
-        forward_s=machine.forward_s(entry.name, spent),
-        backward_s=machine.backward_s(entry.name, back, factor),
-        flops=flops,
-        backward_flops=factor * flops,
-        model_flops=counted(node, shapes),
-        saved=saved,
-        working_bytes=working,
-    )
+        back = max(factor * product, back_moving_s)
+    return machine.forward_s(entry.name, spent), machine.backward_s(entry.name, back, factor)
