@@ -29,6 +29,13 @@ class Searched:
         return None if self.step_s is None else 1 - self.step_s / self.published_s
 
 
+ABOVE = {
+    "internevo-7b-tp1-zero1g8-16gpu": "the published plan shards over 8 of 16 ranks, a node's; "
+    "left open, `shard` is all data ranks, or a 16th or a 256th of them",
+}
+"""Runs whose published plan the model prices below the chosen one, and why the search missed it."""
+
+
 def read_chosen(path: Path = RESULTS) -> dict[str, Searched]:
     if not path.is_file():
         return {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from bench.validation.chosen import SAME, Searched, read_chosen
+from bench.validation.chosen import ABOVE, SAME, Searched, read_chosen
 from bench.validation.compared import GIB, Compared, by_family, counted, percentile, spearman
 from bench.validation.grids import NEAR, grids
 from bench.validation.heldout import held_out
@@ -222,7 +222,9 @@ def _chosen(compared: Sequence[Compared], searched: Mapping[str, Searched]) -> s
         "predicted; a plan may use what its time's software had not. The chosen plan is priced "
         f"above the published one in {worse} of them; the median gain is {middle}.\n\n"
     )
-    return text + _table(("run", "published plan", "chosen plan", "gain", "chosen"), rows)
+    text += "".join(f"- `{name}`: {why}.\n" for name, why in ABOVE.items() if name in searched)
+    head = ("run", "published plan", "chosen plan", "gain", "chosen")
+    return text + "\n" + _table(head, rows)
 
 
 def _every(compared: Sequence[Compared]) -> str:
