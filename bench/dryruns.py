@@ -128,8 +128,9 @@ def main() -> None:
     parser.add_argument("--plan", metavar="FILE", help="a saved plan of the one example named")
     options = parser.parse_args()
     for name in options.names or [*PLANS, *EXAMPLES]:
+        found = measured(name, options.plan)
         known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        known[name] = measured(name, options.plan)
+        known[name] = found
         RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
         print(line(name, known[name]), flush=True)
         write_page(known)
