@@ -294,6 +294,16 @@ def test_why_not(name: str, llmspec, tmp_path: Path, golden: Golden) -> None:
 
 
 @pytest.mark.long
+def test_five_gib_are_enough(llmspec, tmp_path: Path, golden: Golden) -> None:
+    """For 8 billion parameters on 8 GPUs: in host memory is what does not fit."""
+    text = EIGHT_GPUS + "budget { memory = 5 GiB per gpu }\n"
+    (tmp_path / "tight.llmspec").write_text(text)
+    ran = llmspec("plan", "tight.llmspec")
+    assert ran.code == 0
+    golden.check("cli/fits_5.txt", ran.out[ran.out.index("Plan ") :])
+
+
+@pytest.mark.long
 def test_pareto(llmspec, tmp_path: Path, golden: Golden) -> None:
     (tmp_path / "small.llmspec").write_text(SMALL + "budget { memory = 3 GiB per gpu }\n")
     ran = llmspec("plan", "small.llmspec", "--pareto")
