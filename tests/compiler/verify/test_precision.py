@@ -41,7 +41,12 @@ MORE_CASES = [
     (2, 8, "data = 2; zero = 1; microbatch = 2"),
     (2, 8, "data = 2; zero = 2; microbatch = 2"),
     (4, 8, "data = 4; shard = 2; zero = 3; microbatch = 1"),
+    (2, 8, "context = 2; context_style = ring; microbatch = 2"),
+    (2, 8, "context = 2; context_style = ulysses; microbatch = 2; zero = 2"),
 ]
+SPLIT = (4, 16, "data = 2; pipeline = 2; zero = 3; microbatch = 2; schedule = zero_bubble")
+"""Gradients of weights that arrive apart from those of values."""
+MORE_CASES.append(SPLIT)
 ONE_EACH = [
     ("fp16", "gpt", CASES[4]),
     ("fp16(reduce=fp16)", "gpt", CASES[0]),
@@ -106,6 +111,10 @@ def check(model: str, case: Case, precision: str, folder: Path) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c[2])
 def test_bf16(model: str, case: Case, tmp_path: Path) -> None:
     check(model, case, "bf16", tmp_path)
+
+
+def test_split_backward(tmp_path: Path) -> None:
+    check("llama", SPLIT, "bf16", tmp_path)
 
 
 @pytest.mark.parametrize(("precision", "model", "case"), ONE_EACH, ids=str)
