@@ -46,6 +46,7 @@ def recomputed(run: Callable[..., Tensor], dropped: Collection[str], *inputs: Te
             return run(*inputs)
     finally:
         _SCOPE.reset(token)
+        scope.values.clear()  # autograd holds the scope by its hooks; values live by their notes
 
 
 def again(name: str, function: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:

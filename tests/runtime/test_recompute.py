@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from llmspec.compiler.dryrun.live import LiveBytes
 from llmspec.runtime.attention import attention, explicit_attention
@@ -144,6 +145,25 @@ def test_bytes_are_dropped():
     assert none - some == wide
     assert some - more == value + 4 * 8 * 64
     assert left == left_1 == left_2
+
+
+def test_a_value_goes_as_its_last_reader_has_run():
+    w = weights()
+    made, there = [], []
+
+    def gelu(x):
+        out = F.gelu(x)
+        made.append(StorageWeakRef(out.untyped_storage()))
+        return out
+
+    def run(x):
+        up = F.linear(x, w["up"])
+        up.register_hook(lambda gradient: there.append(not made[-1].expired()))
+        return F.linear(again("hidden", gelu, up), w["down"])
+
+    x = torch.randn(B, T, D, dtype=torch.float64, requires_grad=True)
+    recomputed(run, {"hidden"}, x).sum().backward()
+    assert len(made) == 2 and there == [False]
 
 
 def test_explicit_attention_drops_its_square():
