@@ -53,10 +53,10 @@ def test_what_the_log_says(alone: list[dict[str, float]]) -> None:
     the losses of both layers add to that of the tokens."""
     assert all(1 < row["expert_load"] <= 8 for row in alone)
     assert all(0 < row["dropped"] < 1 for row in alone)
-    # two layers; routers have learned nothing yet: shares of 1/8, logits near 0
-    assert [row["balance_loss"] for row in alone] == pytest.approx([2 * 0.01] * STEPS, rel=0.05)
-    even = 2 * 0.001 * math.log(8) ** 2
-    assert [row["z_loss"] for row in alone] == pytest.approx([even] * STEPS, rel=0.05)
+    # two layers; at first routers have learned nothing: shares of 1/8, logits near 0
+    assert alone[0]["balance_loss"] == pytest.approx(2 * 0.01, rel=0.02)
+    assert alone[0]["z_loss"] == pytest.approx(2 * 0.001 * math.log(8) ** 2, rel=0.02)
+    assert all(row["balance_loss"] > 0 and row["z_loss"] > 0 for row in alone)
 
 
 @pytest.mark.parametrize("plan", ["sharded", "context"])

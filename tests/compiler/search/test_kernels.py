@@ -29,7 +29,7 @@ model m {
 }
 """
 ROUNDING = 1 + 1e-9
-GPU = on_gpus(MODELS["gpt"], 4, 8, "kernels = auto", precision="bf16")
+GPU = on_gpus(MODELS["gpt"], 4, 64, "kernels = auto", precision="bf16")
 
 
 def found(text: str) -> Found:

@@ -62,6 +62,7 @@ def test_many_experts_bring_expert_ranks() -> None:
     assert PREFERRED["many_experts"](chosen(smaller(example("many_experts"), batch=8, nodes=2)))
 
 
+@pytest.mark.long
 def test_long_sequences_bring_context_ranks() -> None:
     assert PREFERRED["llama3_8b_long"](chosen(smaller(example("llama3_8b_long"), batch=4, nodes=1)))
 
