@@ -113,7 +113,7 @@ def expected(
         inside = [(name, part / targets) for name, part in reference.auxiliary]
         torch.stack([loss, *(part for _, part in inside)]).sum().backward()
         for name, part in inside:
-            inner[name] = inner.get(name, 0.0) + float(part)
+            inner[name] = inner.get(name, 0.0) + float(part.detach())
         total = total + loss.detach()
     gradients = {
         n: (p.grad if p.grad is not None else torch.zeros_like(p)) for n, p in leaves.items()
