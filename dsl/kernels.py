@@ -165,11 +165,10 @@ def _record(kernel: TunedKernel, rate: Callable[[float], str]) -> list[str]:
     head = f"columns: {kernel.columns}, bytes: {kernel.width}"
     if kernel.structure is not None:
         head += f', structure: "{kernel.structure}"'
-    lines = [f"{{ {head}, use: {USES[0] if kernel.fused else USES[1]}"]
-    for word, one in (("forward", kernel.forward), ("backward", kernel.backward)):
-        if one is not None:
-            lines[-1] += ","
-            lines.append(f"{word}: {_pass(one, rate)}")
+    lines = [f"{{ {head}, use: {kernel.use}"]
+    for word, one in kernel.directions:
+        lines[-1] += ","
+        lines.append(f"{word}: {_pass(one, rate)}")
     return [*lines[:-1], f"{lines[-1]} }}"]
 
 

@@ -83,20 +83,10 @@ def in_words(spec: str) -> list[str]:
 
 
 def summary(kernel: TunedKernel) -> list[str]:
-    use = "triton" if kernel.fused else "eager"
-    lines = [f"{kernel.name}, {kernel.columns} columns: {use}"]
-    for word, one in (("forward", kernel.forward), ("backward", kernel.backward)):
-        if one is not None:
-            lines.append(f"  {word:<9} {one.rows} x {one.columns}, {one.warps} warps: {rates(one)}")
+    lines = [f"{kernel.name}, {kernel.columns} columns: {kernel.use}"]
+    for word, one in kernel.directions:
+        lines.append(f"  {word:<9} {one.rows} x {one.columns}, {one.warps} warps: {one.words}")
     return lines
-
-
-def rates(one: TunedPass) -> str:
-    found = [f"{one.rate / 1e9:,.4g} GB/s"]
-    for what, rate in (("by rule", one.by_rule), ("eager", one.eager)):
-        if rate is not None:
-            found.append(f"{what} {rate / 1e9:,.4g}")
-    return ", ".join(found)
 
 
 def as_data(kernel: TunedKernel) -> dict[str, object]:
@@ -117,7 +107,7 @@ def as_data(kernel: TunedKernel) -> dict[str, object]:
         "columns": kernel.columns,
         "bytes": kernel.width,
         "structure": kernel.structure,
-        "use": "triton" if kernel.fused else "eager",
+        "use": kernel.use,
         "forward": one(kernel.forward),
         "backward": one(kernel.backward),
     }

@@ -6,7 +6,7 @@ from llmspec.compiler.emit.classes import place
 from llmspec.compiler.emit.header import Header
 from llmspec.compiler.kernels.checks import print_checks
 from llmspec.compiler.kernels.group import Group
-from llmspec.compiler.kernels.kernel import Kernel
+from llmspec.compiler.kernels.kernel import Kernel, groups_in
 from llmspec.compiler.kernels.kinds import INDUCTOR, TRITON
 from llmspec.compiler.kernels.module import print_kernels
 from llmspec.compiler.lower import Lowered
@@ -73,12 +73,10 @@ def tiles_of(lowered: Lowered) -> dict[str, dict[int, TunedKernel]]:
     """By a kernel's name and the columns of its rows, what was measured of it."""
     found: dict[str, dict[int, TunedKernel]] = {}
     for unit in lowered.units.values():
-        for node in unit.calls():
-            if isinstance(node.target, Kernel):
-                group = node.target.group
-                known = lowered.measured.of(group)
-                if known is not None:
-                    found.setdefault(group.name, {})[group.columns] = known
+        for group in groups_in(unit):
+            known = lowered.measured.of(group)
+            if known is not None:
+                found.setdefault(group.name, {})[group.columns] = known
     return found
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from torch import fx
 
 from llmspec.compiler.errors import InternalError
+from llmspec.compiler.graph import Unit
 from llmspec.compiler.kernels.group import Group, formula_of
 from llmspec.compiler.kernels.kinds import INDUCTOR, TRITON
 from llmspec.compiler.ops.registry import (
@@ -79,6 +80,13 @@ class Pick:
 
     def __call__(self, *_: Any) -> NoReturn:
         _never()
+
+
+def groups_in(unit: Unit) -> Iterator[Group]:
+    """Of each call of a kernel in a fused unit."""
+    for node in unit.calls():
+        if isinstance(node.target, Kernel):
+            yield node.target.group
 
 
 def _never(*_: Any) -> NoReturn:

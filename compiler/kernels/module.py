@@ -12,7 +12,7 @@ from llmspec.compiler.kernels.kinds import INDUCTOR, TRITON
 from llmspec.compiler.kernels.operators import OperatorPrinter
 from llmspec.compiler.kernels.triton import TritonPrinter
 from llmspec.compiler.text import Text, formatted, in_bytes
-from llmspec.dsl.tuned import TunedKernel, TunedPass
+from llmspec.dsl.tuned import TunedKernel
 
 RULE = "# " + "-" * 98
 
@@ -74,9 +74,8 @@ class KernelPrinter:
         if not self.tiles:
             self.text.line("#   tiles by rule: not measured")
         for columns, kernel in sorted(self.tiles.items()):
-            for word, one in (("forward", kernel.forward), ("backward", kernel.backward)):
-                if one is not None:
-                    self.text.line(f"#   {word} tile of {columns} columns measured: {_rates(one)}")
+            for word, one in kernel.directions:
+                self.text.line(f"#   {word} tile of {columns} columns measured: {one.words}")
 
     def _moves(self, size: int) -> str:
         if not self.bytes_per_s:
@@ -105,14 +104,6 @@ class KernelPrinter:
             ends = [f"{body.argument(e)}{'.to(kind)' * (e.rows and e.columns)}" for e in one.roots]
             t.line(f"return {', '.join(ends)}")
         t.blank(2)
-
-
-def _rates(one: TunedPass) -> str:
-    words = [f"{one.rate / 1e9:,.4g} GB/s"]
-    for what, rate in (("by rule", one.by_rule), ("eager", one.eager)):
-        if rate is not None:
-            words.append(f"{what} {rate / 1e9:,.4g}")
-    return ", ".join(words)
 
 
 def _shaped(values: Sequence[tuple[str, str]]) -> str:

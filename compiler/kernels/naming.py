@@ -8,7 +8,7 @@ from torch import fx
 
 from llmspec.compiler.graph import Unit
 from llmspec.compiler.kernels.group import Group
-from llmspec.compiler.kernels.kernel import Kernel
+from llmspec.compiler.kernels.kernel import groups_in
 from llmspec.compiler.ops import elementwise
 from llmspec.compiler.ops.registry import entry_of, shape_of
 
@@ -29,10 +29,7 @@ def name_kernels(units: Iterable[Unit]) -> None:
     known: dict[str, str] = {}
     taken: set[str] = set()
     for unit in units:
-        for node in unit.calls():
-            if not isinstance(node.target, Kernel):
-                continue
-            group = node.target.group
+        for group in groups_in(unit):
             key = group.structure()
             if key not in known:
                 known[key] = _unused(kernel_name(group), taken)

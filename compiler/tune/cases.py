@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from llmspec.compiler.graph import Unit, without_gradient
+from llmspec.compiler.graph import without_gradient
 from llmspec.compiler.kernels.direction import Direction, backward_of, forward_of
 from llmspec.compiler.kernels.group import Group
-from llmspec.compiler.kernels.kernel import Kernel
+from llmspec.compiler.kernels.kernel import groups_in
 from llmspec.compiler.kernels.measured import structure_of
 from llmspec.compiler.kernels.naming import kernel_name
 from llmspec.compiler.kernels.tiles import alive, reduces_rows
@@ -45,17 +44,11 @@ class Tuned:
 def tuned_groups(lowered: Lowered) -> list[Tuned]:
     found: dict[tuple[str, int], Tuned] = {}
     for unit in lowered.units.values():
-        for group in groups_of(unit):
+        for group in groups_in(unit):
             key = group.name, group.columns
             if key not in found or found[key].group.rows < group.rows:
                 found[key] = Tuned(group, kernel_name(group), structure_of(group))
     return list(found.values())
-
-
-def groups_of(unit: Unit) -> Iterator[Group]:
-    for node in unit.calls():
-        if isinstance(node.target, Kernel):
-            yield node.target.group
 
 
 def case_of(group: Group, dtype: str, most_tiles: int) -> Case:
