@@ -111,10 +111,9 @@ def _orders(compared: Sequence[Compared]) -> str:
 AMBIGUOUS = """These steps lie within some percent of each other, and their network is known badly.
 The source measured 40 Gb/s of bus bandwidth between nodes of 400 Gb/s (`experiments/bandwidth` of
 its repository), printed one plan twice 9 % apart, and mended PCI Express in between: plans before
-and after are not compared, as it asks. The order breaks at plans with most parameters a rank
-(data = 16 and 24), whose steps are 8 to 18 % longer than predicted, as if their reductions got a
-quarter of the network; and at micro-batches of 2 on 8 tensor ranks, which cost 10 to 15 % more than
-those of 4, where on 4 tensor ranks they cost less. No constant is there for either.
+and after are not compared, as it asks. The order breaks at micro-batches of 2 on 8 tensor ranks,
+which cost 10 to 15 % more than those of 4, where on 4 tensor ranks they cost less; no constant is
+there for it.
 """
 
 

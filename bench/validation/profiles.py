@@ -44,8 +44,10 @@ class Profile:
 NO_OVERLAP = {"overlap": 0.0}
 # Parameters are gathered in the open, gradients reduced behind the backward.
 GATHERS_IN_THE_OPEN = {"gather_overlap": 0.0}
-# A message between stages is cut over eight tensor ranks: an eighth of its time is left.
-SCATTERED = {"send_overlap": 0.875}
+# A message between stages is cut over the tensor ranks, which gather it on the other side: Megatron
+# since 2021 (Narayanan et al., 4.1); DeepSpeed of then wherever tensor ranks are
+# (`is_pipe_partitioned = self.is_model_parallel` in runtime/pipe/engine.py of v0.6).
+SCATTERED = {"cut_sends": 1.0}
 # One kernel reads scores and writes weights of attention.
 SOFTMAX = {"fused_softmax": 1.0}
 # One kernel each for a norm, rotary positions, the loss.
@@ -75,6 +77,12 @@ BUCKETS = {"fixed_bytes": CONTEXT + 2 * 2 * 5e8}
 # ZeRO's step makes one flat copy of its part of the gradients in fp16, one in float32: longer than
 # what activations have left in pieces, they are new memory.
 FLAT_COPIES = {"part_bytes": 6.0}
+# What NCCL's rings reach of Jean Zay's Omni-Path, which its messages pass: its own benchmark shows
+# 40 of a node's 400 Gb/s (`experiments/bandwidth`) for one ring over all GPUs; for eight rings at
+# once this is an estimate, from all runs of this source.
+OMNI_PATH = {"ring_share": 0.25}
+# DeepSpeed's bf16 runs sum whole float32 gradients, whatever ZeRO's level (`_bf16_reduce_grads`).
+WHOLE_SUMS = {"whole_sums": 1.0}
 # BF16_Optimizer adds to float32 sums after a backward: its bf16 gradients are whole until then. Its
 # sums are reduced as flat copies that are full once they have over 500 million elements
 # (`allreduce_no_retain`).
@@ -110,7 +118,7 @@ MEGATRON = Profile(
         "without its projections",
         "attention's square is written out: FlashAttention came in 2022",
         "gradients are summed and reduced in fp16, its default then",
-        "a message between stages is cut over the tensor ranks: an eighth of it in the open",
+        "a message between stages is cut over the tensor ranks, in the open",
         "one kernel masks and normalises scores; the loss is a chain of operators",
         "dropout 0.1 on hidden states: the papers' own formulas count its masks",
         "gradients are reduced after the last backward, in the open: overlap came in 2023",
@@ -158,8 +166,15 @@ PROFILES = {
         bias=True,
         explicit=True,
         short_gradients=True,
-        constants=NO_OVERLAP | SOFTMAX | ADDED | IN_PLACE | BUCKETS | FLAT_COPIES,
-        wide=BOTH_GRADIENTS,
+        constants=NO_OVERLAP
+        | SOFTMAX
+        | SCATTERED
+        | ADDED
+        | IN_PLACE
+        | BUCKETS
+        | FLAT_COPIES
+        | OMNI_PATH,
+        wide=BOTH_GRADIENTS | WHOLE_SUMS,
         cut="embeddings count",
         why=(
             "stages have as many blocks each, the last what is left; in its bf16 runs embeddings "
@@ -167,7 +182,11 @@ PROFILES = {
             "attention's square is written out, as in Megatron of 2021",
             "gradients are summed in fp16, or in float32 by its optimizer for bf16",
             "no dropout, as in the launch scripts of the run",
-            "ZeRO 1 of DeepSpeed with a pipeline reduces after the last backward, in the open",
+            "ZeRO 1 of DeepSpeed with a pipeline reduces after the last backward, in the open; for "
+            "bf16 whole float32 sums, as without ZeRO",
+            "a message between stages is cut over the tensor ranks",
+            "rings between nodes reach a quarter of the network: estimated from these runs; alone, "
+            "a ring of all GPUs reached a tenth",
             "its two buckets of 500 million elements stay in memory; its step copies its part of "
             "the gradients, and its optimizer for bf16 keeps them in bf16 beside the sums",
         ),

@@ -162,7 +162,8 @@ def _sharded(
 ) -> DataCost:
     share = machine.overlap
     gather = [sent_s(GATHER, types.compute, u, groups) for u in units]
-    scatter = [sent_s(SCATTER, types.reduced, u, groups) for u in units]
+    summed = REDUCE if machine.whole_sums and zero == 1 else SCATTER
+    scatter = [sent_s(summed, types.reduced, u, groups) for u in units]
     pairs = list(zip(units, gather, scatter, strict=True))
     opening = max(gather)  # nothing runs before the first parameters are there
     closing = max(scatter)
@@ -180,7 +181,7 @@ def _sharded(
     spare = sum(u.count * max(0.0, u.backward_s - s) for u, _, s in pairs)
     part = types.reduced * -(-size // groups.shards.ranks)
     across = exposed_s(collective_s(REDUCE, part, groups.replicas), spare, share)
-    sends = tuple(_sends(units, zero, microbatches, groups, types))
+    sends = tuple(_sends(units, zero, microbatches, groups, types, summed))
     match zero:
         case 1:
             return DataCost(first_s=gathering, last_s=scattering + across, sends=sends)
@@ -201,7 +202,12 @@ def copied_s(units: list[ZeroUnit], width: int, machine: Machine, *, forward: bo
 
 
 def _sends(
-    units: list[ZeroUnit], zero: int, microbatches: int, groups: DataGroups, types: Types
+    units: list[ZeroUnit],
+    zero: int,
+    microbatches: int,
+    groups: DataGroups,
+    types: Types,
+    summed: Collective,
 ) -> Iterator[tuple[str, str, int, int]]:
     """Of every unit by itself; experts are units inside their block."""
     scatters = 1 if zero == 1 else microbatches
@@ -214,7 +220,7 @@ def _sends(
         ):
             if where.ranks > 1 and elements:
                 yield str(GATHER), axis, types.compute * elements, unit.count * gathers
-                yield str(SCATTER), axis, types.reduced * elements, unit.count * scatters
+                yield str(summed), axis, types.reduced * elements, unit.count * scatters
         if groups.replicas.ranks > 1 and shared:
             part = types.reduced * -(-shared // groups.shards.ranks)
             yield str(REDUCE), "replicas", part, unit.count

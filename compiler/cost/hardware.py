@@ -105,8 +105,10 @@ class Machine:
 
     matrix_flops, attention_flops, vector_flops: operations/s of matrix products in the compute
         type, of those inside fused attention, and of all else.
-    send_overlap, gather_overlap: share that kernels can hide of a message between stages, and of
-        a gather of parameters.
+    gather_overlap: share that kernels can hide of a gather of parameters.
+    cut_sends: a message between stages goes in parts, one of each tensor rank, which gather it.
+    ring_share: of the network's rate, what rings over several nodes reach and messages pass.
+    whole_sums: ZeRO 1 reduces gradients as without sharding, and each rank takes its part.
     fused: operators that are one kernel each. optimizer_bytes: moved a parameter, when not by one
         kernel. gradient_bytes: moved a parameter by each micro-batch, when not as we do.
         Given, weights stand in the compute type beside what is stored, whatever ZeRO's level, and
@@ -147,8 +149,10 @@ class Machine:
     fixed_bytes: int
     overlap: float
     multiprocessors: int
-    send_overlap: float = 0.0
     gather_overlap: float = 0.0
+    cut_sends: bool = False
+    ring_share: float = 1.0
+    whole_sums: bool = False
     fused: frozenset[str] = frozenset()
     optimizer_bytes: float | None = None
     gradient_bytes: float | None = None
@@ -216,8 +220,10 @@ def machine_of(cluster: Cluster, types: Types) -> Machine:
         fixed_bytes=int(known["fixed_bytes"]),
         overlap=known["overlap"],
         multiprocessors=int(known["multiprocessors"]),
-        send_overlap=known.get("send_overlap", known["overlap"]),
         gather_overlap=known.get("gather_overlap", known["overlap"]),
+        cut_sends=known.get("cut_sends", 0.0) > 0,
+        ring_share=known.get("ring_share", 1.0),
+        whole_sums=known.get("whole_sums", 0.0) > 0,
         fused=frozenset(
             k.removeprefix(FUSED) for k, v in known.items() if v and k.startswith(FUSED)
         ),

@@ -52,9 +52,8 @@ def _spread(ranks: int, inside: int, machine: Machine) -> Group:
         latency = machine.link_latency_s * hops
         paces = machine.collectives
         return Group(ranks, inside, machine.link_bytes_per_s, latency, latency, paces)
-    bandwidth = min(machine.link_bytes_per_s, machine.network_bytes_per_s * inside)
-    if inside == 1:
-        bandwidth = machine.network_bytes_per_s
+    network = machine.network_bytes_per_s * machine.ring_share
+    bandwidth = network if inside == 1 else min(machine.link_bytes_per_s, network * inside)
     nodes = -(-ranks // inside)
     # NCCL leaves the ring for a tree where latency would rule.
     rounds = min(nodes - 1, 2 * math.ceil(math.log2(nodes)))
@@ -129,6 +128,12 @@ def exposed_s(sent_s: float, computing_s: float, overlap: float) -> float:
 
 def send_s(size_bytes: float, mesh: MeshSizes, machine: Machine) -> float:
     """Seconds of one message between neighbours on the pipeline axis."""
+    tensor = axis_group("tensor", mesh, machine)
+    part = size_bytes / tensor.ranks if machine.cut_sends else size_bytes
     if mesh.world_size // mesh.pipeline >= machine.devices_per_node:
-        return size_bytes / machine.network_bytes_per_s + machine.network_latency_s
-    return collective_s(Collective.SEND, size_bytes, _spread(2, 2, machine))
+        sent_s = part / machine.network_bytes_per_s + machine.network_latency_s
+    else:
+        sent_s = collective_s(Collective.SEND, part, _spread(2, 2, machine))
+    if not machine.cut_sends:
+        return sent_s
+    return sent_s + collective_s(Collective.ALL_GATHER, size_bytes, tensor)

@@ -232,7 +232,7 @@ class Pricing:
 
     def _held_s(self, sending_s: float) -> float:
         """A message holds up the kernels of its stage by what cannot overlap."""
-        return (1 - self.machine.send_overlap) * sending_s
+        return (1 - self.machine.overlap) * sending_s
 
     def shared_weights(
         self, stages: list[Stage], mesh: MeshSizes, parts: int, schedule: Schedule

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from llmspec.compiler.cost.data import BUCKET_BYTES, DataGroups, data_cost
@@ -85,3 +87,14 @@ def test_experts_travel_between_the_ranks_that_have_the_same():
         alone = data_cost(split, zero, 4, groups(1, 8, expert=8), TYPES, MACHINE)
         assert {axis for _, axis, _, _ in alone.sends} == {shared}
         assert alone.last_s + alone.forward_s < of_two.last_s + of_two.forward_s
+
+
+def test_software_that_sums_whole_gradients_sends_twice_as_much():
+    whole = replace(MACHINE, whole_sums=True)
+    of = {zero: data_cost(stage(0.0), zero, 4, groups(1, 8), TYPES, whole) for zero in (1, 2)}
+    more = of[1].last_s - cost(1).last_s
+    scatter = collective_s(Collective.REDUCE_SCATTER, 4 * 100 * MILLION, groups(1, 8).shards)
+    # four blocks, and the last of them once more: nothing runs behind it
+    assert more == pytest.approx(5 * scatter, rel=0.01)
+    assert ("all_reduce", "shards", 4 * 100 * MILLION, 4) in of[1].sends
+    assert of[2] == cost(2)

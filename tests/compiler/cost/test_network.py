@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -86,3 +88,25 @@ def test_the_ranks_with_the_same_experts():
     }
     mixed = MeshSizes(shards=8, context=2, expert=8)
     assert expert_data_group(mixed, MACHINE).inside == 2  # the context ranks of one data rank
+
+
+def test_a_message_that_tensor_ranks_cut_goes_in_parts_and_is_gathered():
+    mesh = MeshSizes(pipeline=8, tensor=4, shards=2)
+    machine = replace(MACHINE, devices_per_node=8)
+    size, cut = 10**9, replace(machine, cut_sends=True)
+    part = send_s(size // 4, mesh, machine)
+    gathered = collective_s(Collective.ALL_GATHER, size, axis_group("tensor", mesh, machine))
+    assert send_s(size, mesh, cut) == pytest.approx(part + gathered)
+    alone = MeshSizes(pipeline=8, shards=8)
+    assert send_s(size, alone, cut) == send_s(size, alone, machine)
+
+
+def test_rings_between_nodes_may_reach_less_of_the_network_than_messages():
+    slow = replace(MACHINE, devices_per_node=8, network_latency_s=0.0, link_latency_s=0.0)
+    quarter = replace(slow, ring_share=0.25)
+    mesh = MeshSizes(pipeline=2, shards=16)
+    one, four = (
+        collective_s(Collective.ALL_GATHER, 10**9, group(16, 8, m)) for m in (slow, quarter)
+    )
+    assert four == pytest.approx(4 * one)
+    assert send_s(10**9, mesh, quarter) == send_s(10**9, mesh, slow)
