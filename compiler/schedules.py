@@ -7,7 +7,7 @@ stage 0 gives to stage 1, "1SEND_B3" and "0RECV_B3" its gradient; "0UNSHARD", "0
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -72,31 +72,67 @@ def add_sends(compute: Order) -> Order:
     Errors: ValueError if the lists wait for themselves.
     """
     owner = {action.stage: rank for rank, own in compute.items() for action in own}
-    last_stage = max(owner)
+    count = 1 + max(action.microbatch or 0 for own in compute.values() for action in own)
+    turns = {rank: [_turn(a, rank, owner, count) for a in own] for rank, own in compute.items()}
     out: Order = {rank: [] for rank in compute}
     position = dict.fromkeys(compute, 0)
-    done: set[Action] = set()
-    while any(position[rank] < len(own) for rank, own in compute.items()):
-        before = len(done)
-        for rank, own in compute.items():
-            if position[rank] == len(own) or not _inputs(own[position[rank]], last_stage) <= done:
+    done = bytearray(2 + 2 * count * (1 + max(owner)))
+    done[0] = True
+    left = sum(map(len, turns.values()))
+    while left:
+        before = left
+        for rank, own in turns.items():
+            at = position[rank]
+            if at == len(own):
                 continue
-            action = own[position[rank]]
-            position[rank] += 1
+            action, first, second, made, to, sent, received = own[at]
+            if not (done[first] and done[second]):
+                continue
+            position[rank] = at + 1
+            left -= 1
+            done[made] = True
             out[rank].append(action)
-            if action.kind == "W":
-                done.add(action)
-                continue
-            # to the stages before it, a backward is done when its I is
-            made = "F" if action.kind == "F" else "B"
-            done.add(action._replace(kind=made))
-            to = action.stage + (1 if made == "F" else -1)
-            if owner.get(to, rank) != rank:
-                out[rank].append(action._replace(kind=f"SEND_{made}"))
-                out[owner[to]].append(Action(to, f"RECV_{made}", action.microbatch))
-        if len(done) == before:
+            if to is not None:
+                out[rank].append(sent)
+                out[to].append(received)
+        if left == before:
             raise ValueError("the schedule waits for itself")
     return out
+
+
+class _Turn(NamedTuple):
+    """An action as `add_sends` plays it. first, second: what must be done before, made: what it
+    does, all by number: 0 is done from the start, 1 is what nothing waits for. to: the rank that
+    waits for it; None: no other."""
+
+    action: Action
+    first: int
+    second: int
+    made: int
+    to: int | None
+    sent: Action
+    received: Action
+
+
+def _turn(action: Action, rank: int, owner: Mapping[int, int], count: int) -> _Turn:
+    """count: of micro-batches. To other stages, a backward is done when its I is."""
+    stage, kind, m = action
+    number = 2 + 2 * ((m or 0) + count * stage)
+    if kind == "W":
+        return _Turn(action, number + 1, 0, 1, None, action, action)
+    forward = kind == "F"
+    source, after = (stage - 1, stage + 1) if forward else (stage + 1, stage - 1)
+    before = number + 2 * count * (source - stage) + (not forward) if source in owner else 0
+    made, to = "F" if forward else "B", owner.get(after, rank)
+    return _Turn(
+        action,
+        0 if forward else number,
+        before,
+        number + (not forward),
+        to if to != rank else None,
+        Action(stage, f"SEND_{made}", m),
+        Action(after, f"RECV_{made}", m),
+    )
 
 
 def add_sharding(own: list[Action], zero: int) -> list[Action]:
@@ -117,17 +153,6 @@ def add_sharding(own: list[Action], zero: int) -> list[Action]:
         if whole and is_last:
             out.append(Action(stage, "RESHARD"))
     return out
-
-
-def _inputs(action: Action, last_stage: int) -> set[Action]:
-    """What must be done before, a backward's I counting as its B."""
-    stage, kind, m = action
-    if kind == "F":
-        return {Action(stage - 1, "F", m)} if stage else set()
-    if kind == "W":
-        return {Action(stage, "B", m)}
-    after = {Action(stage + 1, "B", m)} if stage < last_stage else set()
-    return {Action(stage, "F", m)} | after
 
 
 # --------------------------------------------------------------------------------------------------
@@ -153,23 +178,25 @@ def held_at_once(
     """By rank: the moments that no other moment of the step exceeds in every number."""
     if schedule is Schedule.GPIPE:
         return ((Held((microbatches,), (0,), 1),),) * ranks
-    lists = add_sends(
-        order(schedule, stages, ranks, _representative(schedule, ranks, microbatches))
-    )
+    fewer = _representative(schedule, stages, ranks, microbatches)
+    if fewer < microbatches:
+        return held_at_once(schedule, stages, ranks, fewer)
+    lists = add_sends(order(schedule, stages, ranks, microbatches))
     return tuple(
         _moments(lists[rank], stages_of(schedule, rank, stages, ranks)) for rank in range(ranks)
     )
 
 
-def _representative(schedule: Schedule, ranks: int, microbatches: int) -> int:
+def _representative(schedule: Schedule, stages: int, ranks: int, microbatches: int) -> int:
     """Fewer micro-batches, with which as many are in flight: after the warm-up, it stays."""
-    if schedule in (Schedule.INTERLEAVED, Schedule.ZERO_BUBBLE):
-        sizes = rounds(microbatches, ranks)
-        if sizes[-1] != ranks:
-            return microbatches
-        larger, least = min(sizes.count(ranks + 1), 4), min(sizes.count(ranks), 4)
-        return larger * (ranks + 1) + least * ranks
-    return min(microbatches, 4 * ranks)
+    if stages == ranks or schedule.turns:
+        return min(microbatches, 2 * ranks + 2)
+    sizes = rounds(microbatches, ranks)
+    if sizes[-1] != ranks:
+        return microbatches
+    rounds_each = 3 if schedule.splits else 2
+    larger, least = (min(sizes.count(n), rounds_each) for n in (ranks + 1, ranks))
+    return larger * (ranks + 1) + least * ranks
 
 
 def _moments(own: Sequence[Action], stages: tuple[int, ...]) -> tuple[Held, ...]:
@@ -194,7 +221,7 @@ def _moments(own: Sequence[Action], stages: tuple[int, ...]) -> tuple[Held, ...]
         now[count + at[stage]] += {"I": 1, "W": -1}.get(kind, 0)
         last = kind
     rows = np.array(list(seen), dtype=np.int32)
-    exceeded = np.array([(rows >= row).all(axis=1).sum() > 1 for row in rows])
+    exceeded = (rows[None] >= rows[:, None]).all(axis=2).sum(axis=1) > 1
     return tuple(
         Held(tuple(row[:count]), tuple(row[count:-1]), row[-1])
         for row, less in zip(rows.tolist(), exceeded, strict=True)

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from llmspec.compiler.graph import Buffer, Init, Parameter, Unit, meta_dtype, on_meta
+from llmspec.compiler.ops.results import result_of
 from llmspec.dsl.program import Span
 
 
@@ -78,7 +79,9 @@ class UnitBuilder:
         return self._finish(node, on_meta(weight), name, dims)
 
     def call(self, function: Callable[..., Any], *args: Any, label: str, dims: str) -> fx.Node:
-        value = function(*(self._meta[a] if isinstance(a, fx.Node) else a for a in args))
+        value = result_of(
+            function, [self._meta[a] if isinstance(a, fx.Node) else a for a in args]
+        )
         name = "_".join((*self._scope, label))
         node = self.unit.graph.create_node("call_function", function, args, name=name)
         return self._finish(node, value, label, dims)

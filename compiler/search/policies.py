@@ -285,6 +285,17 @@ def _mixtures_of(own: _Choices, found: list[Again]) -> _Table:
     )
 
 
+def _least(found: Sequence[Again]) -> Again:
+    """What no choice has fewer bytes than, wherever these are: it bounds every mixture's ledger."""
+    away = min(a.away_bytes for a in found)
+    return Again(
+        kept_bytes=away + min(a.kept_bytes - a.away_bytes for a in found),
+        away_bytes=away,
+        keeps_casts=all(a.keeps_casts for a in found),
+        working_bytes=min(a.working_bytes for a in found),
+    )
+
+
 class Mixtures:
     """Every way to have at most two choices for each unit's blocks of one stage, the one that keeps
     less in the earlier blocks: what they compute again is back when the later ones are gone."""
@@ -292,6 +303,7 @@ class Mixtures:
     def __init__(self, units: tuple[_Choices, ...]):
         self.units = tuple(u.unit for u in units)
         self.found = [own.worthwhile() for own in units]
+        self.least = {u: _least(found) for u, found in zip(self.units, self.found, strict=True)}
         first, *others = (_mixtures_of(u, f) for u, f in zip(units, self.found, strict=True))
         table = first
         for other in others:
@@ -363,7 +375,12 @@ def fitting(
     weights = {name: run.cast_kept_bytes(*casts) for name, run in of_each if name}
     mixtures = policies.mix(option, microbatch, counts, weights)
     kept_bytes = most_bytes = math.inf
-    if ACTIVATIONS not in offload:  # else only the ledger knows what stays
+    if ACTIVATIONS in offload:  # only the ledger knows what stays
+        runs = tuple(replace(r, recompute=mixtures.least[n]) if n else r for n, r in of_each)
+        least = Stage(runs, bare.tied_elements)
+        if ledgers(least, home, types, machine, offload)[0].total > budget_bytes:
+            return None
+    else:
         spare = budget_bytes - total + moving_bytes(bare, home, types, machine)
         beside = _beside(bare, home, types, machine)
         kept_bytes, most_bytes = _limits(of_each, home, casts, spare, beside)
