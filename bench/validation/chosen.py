@@ -29,10 +29,7 @@ class Searched:
         return None if self.step_s is None else 1 - self.step_s / self.published_s
 
 
-ABOVE = {
-    "internevo-7b-tp1-zero1g8-16gpu": "the published plan shards over 8 of 16 ranks, a node's; "
-    "left open, `shard` is all data ranks, or a 16th or a 256th of them",
-}
+ABOVE: dict[str, str] = {}
 """Runs whose published plan the model prices below the chosen one, and why the search missed it."""
 
 

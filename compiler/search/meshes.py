@@ -88,14 +88,12 @@ def grids(
                     )
 
 
-def shardings(grid: Grid, pins: Pins) -> Iterator[tuple[int, int]]:
+def shardings(grid: Grid, pins: Pins, per_node: int) -> Iterator[tuple[int, int]]:
     """(zero, shards of the data ranks). ZeRO 0 is one shard; hybrid sharding has fewer shards than
     data ranks. Context ranks shard with each of them, and the key `shard` counts them."""
     if pins.allows("zero", 0) and pins.allows("shard", 1):
         yield 0, 1
-    tried = divisors(grid.data)
-    if not pins.about("shard"):
-        tried = [n for n in tried if _is_power_of_16(grid.data // n)]
+    tried = divisors(grid.data) if pins.about("shard") else _worth_sharding(grid, per_node)
     for shards in tried:
         parts = shards * grid.context
         if parts == 1 or not pins.allows("shard", parts):
@@ -104,8 +102,19 @@ def shardings(grid: Grid, pins: Pins) -> Iterator[tuple[int, int]]:
             yield zero, shards
 
 
+def _worth_sharding(grid: Grid, per_node: int) -> list[int]:
+    """The data ranks of a node, all data ranks, and a 16th, a 256th … of all nodes' between them.
+
+    Fewer than a node's send as many bytes over its links, since what is not gathered is summed over
+    more replicas, and hold more. Between a node's and all, the bytes over the network are nearly
+    the same and only the ring's latency grows, with the nodes that it passes through."""
+    near = gcd(grid.data, max(1, per_node // (grid.tensor * grid.context)))
+    nodes = grid.data // near
+    steps = [n for n in divisors(nodes) if _is_power_of_16(nodes // n)]
+    return [near * n for n in sorted({1, *steps})]
+
+
 def _is_power_of_16(ratio: int) -> bool:
-    """All data ranks, a sixteenth of them …: between them little changes."""
     return ratio & (ratio - 1) == 0 and ratio.bit_length() % 4 == 1
 
 

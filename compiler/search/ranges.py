@@ -150,4 +150,4 @@ class Ranges:
 
     def shardings(self, grid: Grid) -> list[tuple[int, int]]:
         """(level of ZeRO, shards of the data ranks)."""
-        return list(shardings(grid, self.pins))
+        return list(shardings(grid, self.pins, self.program.cluster.devices_per_node))

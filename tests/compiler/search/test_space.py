@@ -14,6 +14,7 @@ from llmspec.compiler.search.objective import WORTH_OFFLOADING
 from llmspec.compiler.search.space import Space
 from llmspec.compiler.search.stages import balanced, block_starts, cut_at
 from llmspec.compiler.search.walk import Walk, best
+from llmspec.dsl.program import Relation
 from tests.compiler.specs import CPU, GiB, cluster, llama, pin, program, tiny_gpt, tiny_llama
 
 MiB = 2**20
@@ -99,6 +100,25 @@ def test_bounds_leave_out_nothing_that_matters(name):
     assert contexts == ({1, 2, 4} if name == "context" else {1})
 
 
+@pytest.mark.parametrize("network", [50e9, 1e9])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_no_other_number_of_shards_is_better(tensor, network):
+    """A node's data ranks and all of them, against every number that divides them."""
+    where = dataclasses.replace(cluster(4, 4), network_bytes_per_s=network)
+    model = llama(layers=6, width=512, heads=8, kv_heads=4, ffn=1024, vocab=8192, context=512)
+    pins = (pin("tensor", tensor), pin("pipeline", 1), pin("zero", 2, 3, relation=Relation.IN))
+    spec = program(model, where, batch=32, memory=2 * GiB + 250 * MiB, plan=pins)
+    of, every = space(spec), space(dataclasses.replace(spec, plan=(*pins, EVERY_SHARD)))
+    (grid,) = of.ranges.grids()
+    near = 4 // tensor
+    assert {shards for _, shards in of.ranges.shardings(grid)} == {near, 4 * near}
+    assert len({shards for _, shards in every.ranges.shardings(grid)}) > 2
+    found, ideal = best((of,), of.objective), best((every,), every.objective)
+    assert found.step_s <= ideal.step_s * 1.001
+    if network < 50e9:
+        assert found.shards == near, "each gather stays inside a node"
+
+
 OFFLOADING = {
     "nothing else fits": (2 * GiB + 120 * MiB, ()),
     "barely": (2 * GiB + 205 * MiB, ()),
@@ -142,6 +162,8 @@ def test_offload_is_chosen_where_every_price_says_so(name):
             assert found.peak_bytes < bare.peak_bytes, "what costs time saves memory"
             break
 
+
+EVERY_SHARD = pin("shard", 1, relation=Relation.GE)
 
 weights = st.lists(st.floats(0.1, 10), min_size=2, max_size=8)
 
