@@ -114,6 +114,7 @@ def with_kernels(
         forward_s=cost.forward_s + after.forward_s - before.forward_s,
         backward_s=cost.backward_s + after.backward_s - before.backward_s,
         working_bytes=cost.working_bytes + after.working_bytes - before.working_bytes,
+        moments=left.moments,
         saved_bytes=cost.saved_bytes + left.kept_bytes - kept.kept_bytes,
         away_bytes=cost.away_bytes + left.away_bytes - kept.away_bytes,
         away_host_bytes=cost.away_host_bytes + left.away_host_bytes - kept.away_host_bytes,

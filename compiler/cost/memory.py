@@ -291,9 +291,14 @@ def _summing(
     )
 
 
-def working_bytes(run: Run, home: Residence, casts: tuple[int, int]) -> int:
-    """Of a use that goes backward, beside what is kept."""
-    return run.cost.growing_bytes if home.sums_each_time else run.working_bytes(casts[0])
+def working_bytes(
+    run: Run, home: Residence, types: Types, casts: tuple[int, int], coming: int
+) -> int:
+    """Of a use that goes backward, beside what is kept, with the gradients of its weights so far.
+    `coming`: bytes of each that stays where it comes."""
+    if home.sums_each_time:
+        return run.working_bytes(0, types.compute)
+    return run.working_bytes(casts[0], coming if home.zero == 0 else 0)
 
 
 def _zero_elements(run: Run, home: Residence) -> tuple[int, int]:
@@ -368,7 +373,7 @@ def backwards(stage: Stage, home: Residence, types: Types, in_place: bool = Fals
     def backward(in_flight: float, coming: int) -> Moment:
         others = max(in_flight - 1, 0.0)
         earlier = round(others * stage.kept_bytes(*casts) + in_flight * sent)
-        peak = _peak(stage, casts, coming, around, home)
+        peak = _peak(stage, types, casts, coming, around, home)
         return peak._replace(activations=earlier + peak.activations, in_flight=in_flight)
 
     return backward
@@ -376,6 +381,7 @@ def backwards(stage: Stage, home: Residence, types: Types, in_place: bool = Fals
 
 def _peak(
     stage: Stage,
+    types: Types,
     casts: tuple[int, int],
     coming: int,
     around: Around,
@@ -389,7 +395,7 @@ def _peak(
     for index, (run, uses) in enumerate(zip(reversed(stage.runs), around, strict=True), 1):
         held, returning = run.kept_bytes(*casts), run.returning_bytes(*casts)
         grown = coming * coming_elements(run, home) if coming else 0
-        working = working_bytes(run, home, casts)
+        working = working_bytes(run, home, types, casts, coming)
         # uses between the second and the last are like these, and what changes does so evenly
         for place, (during, after) in uses.items():
             here, come = alive - place * held, made + place * grown

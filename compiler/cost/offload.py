@@ -165,16 +165,17 @@ def _backwards(stage: Stage, home: Residence, types: Types, in_place: bool) -> B
         worst, most = Moment(), 0
         for i, use in reversed(list(enumerate(runs))):
             grown = coming * use.coming
+            working = working_bytes(stage.runs[i], home, types, casts, coming)
             # from one use to the one before it sums change evenly, but at both ends of a run
             for place in sorted({*around[i], max(use.count - 2, 0)}):
                 during, after = around[i].get(place) or around[i][1]
                 back = use.away if place < use.count - 1 else runs[i - 1].away if i else 0
                 here, come = below - place * use.stays + back, made + place * grown
                 held = here + use.away + use.again
-                size = held + come + use.working + sum(during)
+                size = held + come + working + sum(during)
                 if size > most:
                     most = size
-                    worst = Moment(held, come, use.working, during, i, place, running=True)
+                    worst = Moment(held, come, working, during, i, place, running=True)
                 size = here - use.stays + come + grown + sum(after)
                 if size > most:
                     most = size
@@ -190,15 +191,13 @@ def _backwards(stage: Stage, home: Residence, types: Types, in_place: bool) -> B
 @dataclass(frozen=True, slots=True)
 class _Use:
     """Each of `count` uses of a unit: bytes that stay on the device, that leave it, that
-    recomputing makes, of its input, of its worst operator's backward; elements of its weights whose
-    gradients stay."""
+    recomputing makes, of its input; elements of its weights whose gradients stay."""
 
     count: int
     stays: int
     away: int
     again: int
     input_bytes: int
-    working: int
     coming: int
 
 
@@ -210,7 +209,6 @@ def _use(run: Run, home: Residence, casts: tuple[int, int]) -> _Use:
         away=away,
         again=run.returning_bytes(*casts),
         input_bytes=run.cost.input_bytes,
-        working=working_bytes(run, home, casts),
         coming=coming_elements(run, home),
     )
 

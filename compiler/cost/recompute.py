@@ -4,20 +4,23 @@ graph."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import fx
 
 from llmspec.compiler.cost.compute import is_integer, operator_cost
 from llmspec.compiler.cost.hardware import Machine
+from llmspec.compiler.cost.moments import Moments, Waiting, worst_of
 from llmspec.compiler.cost.network import Group
 from llmspec.compiler.cost.unit import (
     SMALLEST_SHARE,
     host_bytes,
     operator_sends_s,
+    parameter_nodes,
     priced_move,
     sent_by,
+    weights_read,
 )
 from llmspec.compiler.graph import Unit
 from llmspec.compiler.kernels.kernel import Kernel, pick
@@ -38,7 +41,8 @@ class Again:
     kept_bytes: from forward to backward. keeps_casts: and the weights as its operators cast them.
     away_bytes, away_host_bytes: of what is kept, storages large enough to wait in host memory.
     working_bytes: the most bytes beyond those kept while the unit goes backward: values come back,
-        those that were kept go.
+        those that were kept go. moments: of the backward, with what operators need to run, in
+        bytes beside both.
     sends: (axis, kind, bytes of the whole value, how often).
     """
 
@@ -53,6 +57,7 @@ class Again:
     away_bytes: int = 0
     away_host_bytes: int = 0
     working_bytes: int = 0
+    moments: Moments = ()
     sends: tuple[tuple[str, str, int, int], ...] = ()
 
     @property
@@ -67,6 +72,9 @@ class Step:
 
     reads: values, parameters and integers apart. keeps: those of them, and its own result, that it
         keeps for its backward. extra_bytes: kept besides. size_bytes: of its result.
+    working_bytes, making_bytes: of what its backward and its forward need besides. hands_on: as of
+        its registry entry.
+    weights: elements of those whose gradients it makes, by name.
     sent_s: exposed seconds of what it sends, by axis.
     """
 
@@ -76,6 +84,10 @@ class Step:
     reads: tuple[str, ...] = ()
     keeps: frozenset[str] = frozenset()
     extra_bytes: int = 0
+    working_bytes: int = 0
+    making_bytes: int = 0
+    hands_on: bool = False
+    weights: Mapping[str, int] = field(default_factory=dict)
     computing_s: float = 0.0
     flops: float = 0.0
     sent_s: Mapping[str, float] = field(default_factory=dict)
@@ -129,11 +141,14 @@ class Flow:
         sizes = [self.size_bytes(v) for v in kept]
         sizes += [s.extra_bytes for s in self.steps.values() if s.name not in runs]
         kept_bytes = sum(sizes)
+        most, moments = self._backward(runs, kept)
+        back = max(0, most - kept_bytes)
         return self._priced(
             tuple(n for n in self.steps if n in runs),
             [s for s in self.steps.values() if s.name in runs],
             sizes,
-            working_bytes=max(0, self._peak_bytes(runs, kept) - kept_bytes),
+            working_bytes=back,
+            moments=tuple((e, size - kept_bytes - back) for e, size in moments),
         )
 
     def kept(self, operators: Operators) -> tuple[set[str], set[str]]:
@@ -157,12 +172,16 @@ class Flow:
         after = bool(steps) and (steps[last].extra_bytes or steps[last].name in steps[last].keeps)
         if not self.machine.early_stop:
             last, after = len(steps) - 1, True
-        whole = sum(map(self.size_bytes, self.kept_values() - set(self.inputs)))
+        made = self.kept_values() - set(self.inputs)
+        whole = sum(map(self.size_bytes, made)) + sum(s.extra_bytes for s in steps)
+        _, moments = self._backward(set(), made)
+        moments = worst_of([(0, self._forward_bytes(made)), *moments])
         return self._priced(
             EVERYTHING,
             steps[: last + 1] if after else steps[: max(last, 0)],
             list(self.inputs.values()),
-            working_bytes=whole + sum(s.extra_bytes for s in steps),
+            working_bytes=whole,
+            moments=tuple((e, size - whole) for e, size in moments),
             keeps_casts=False,
         )
 
@@ -173,6 +192,7 @@ class Flow:
         sizes: list[int],
         *,
         working_bytes: int,
+        moments: Moments,
         keeps_casts: bool = True,
     ) -> Again:
         steps = list(steps)
@@ -195,12 +215,24 @@ class Flow:
             away_host_bytes=sum(host_bytes(size, self.machine) for size in away),
             keeps_casts=keeps_casts,
             working_bytes=working_bytes,
+            moments=moments,
             sends=tuple((*key, often) for key, often in sorted(counted.items())),
         )
 
-    def _peak_bytes(self, runs: set[str], kept: set[str]) -> int:
+    def _forward_bytes(self, kept: set[str]) -> int:
+        """The most bytes at once as all of it runs again, before its backward: of what is kept,
+        what an operator reads and makes, and the gradient that waits."""
+        worst = now = 0
+        for step in self.steps.values():
+            passing = {*step.reads, step.name} - kept - self.inputs.keys()
+            now += step.extra_bytes + (step.size_bytes if step.name in kept else 0)
+            reads = sum(map(self.size_bytes, passing))
+            worst = max(worst, now + reads + step.making_bytes)
+        return worst + self.size_bytes(self.result)
+
+    def _backward(self, runs: set[str], kept: set[str]) -> tuple[int, Moments]:
         """The most bytes of kept and recomputed values at once, step by step backward, as
-        `runtime/recompute.py` makes and drops them."""
+        `runtime/recompute.py` makes and drops them; and the moments with what operators need."""
         readers = {v: {s.name for s in self.steps.values() if v in s.keeps} for v in self.values()}
         for name in runs:  # what runs again holds what it reads until it has run
             for value in self.steps[name].reads:
@@ -209,7 +241,11 @@ class Flow:
         extras = {s.name for s in self.steps.values() if s.extra_bytes and s.name not in runs}
         ran: set[str] = set()
         now = sum(map(self.size_bytes, alive)) + sum(self.steps[n].extra_bytes for n in extras)
-        worst = 0
+        worst = elements = 0
+        moments: list[tuple[int, int]] = []
+        waiting = Waiting()
+        waiting.come(self.result, self.size_bytes(self.result))
+        came: set[str] = set()
 
         def release(reader: str, values: Iterable[str]) -> None:
             nonlocal now
@@ -233,6 +269,7 @@ class Flow:
                 extras.add(name)
                 now += step.extra_bytes
             worst = max(worst, now)
+            moments.append((elements, now + waiting.total + step.making_bytes))
             release(f"again {name}", step.reads)
 
         ahead = set(self.steps)
@@ -243,12 +280,17 @@ class Flow:
                 if name not in ran:
                     run(name)
             worst = max(worst, now)
+            elements += sum(n for w, n in step.weights.items() if w not in came)
+            came |= step.weights.keys()
+            gradients: dict[Hashable, int] = {v: self.size_bytes(v) for v in step.reads}
+            beside = waiting.through(step.name, gradients, hands_on=step.hands_on)
+            moments.append((elements, now + beside + step.working_bytes))
             ahead.discard(step.name)
             if step.name in extras:
                 extras.remove(step.name)
                 now -= step.extra_bytes
             release(step.name, step.keeps)
-        return worst
+        return worst, worst_of(moments)
 
     def values(self) -> list[str]:
         return [*self.inputs, *self.steps]
@@ -262,6 +304,7 @@ def flow_of(
 ) -> Flow:
     """`unit`: lowered, on one rank's shapes. `where`: the tensor ranks; `inner`: groups of the axes
     that operators send over; `width`: bytes of an element in the compute type."""
+    own = _weights(unit)
     roots: dict[fx.Node, str | None] = {}
     inputs: dict[str, int] = {}
     steps: dict[str, Step] = {}
@@ -274,15 +317,21 @@ def flow_of(
             roots[node] = None
         elif node.op == "call_function" and node.target is pick:
             roots[node] = node.name
-            steps[node.name] = _picked(node, roots, where, machine, width, inner)
+            steps[node.name] = _picked(node, roots, own, where, machine, width, inner)
         elif node.op == "call_function" and any(u.target is pick for u in node.users):
             roots[node] = None
         elif node.op == "call_function" and _is_view(node):
             roots[node] = roots[tensor_operands(node)[0]]
         elif node.op == "call_function":
             roots[node] = node.name
-            steps[node.name] = _step(node, roots, where, machine, width, inner)
+            steps[node.name] = _step(node, roots, own, where, machine, width, inner)
     return Flow(steps, inputs, roots[unit.result()] or "", machine)
+
+
+def _weights(unit: Unit) -> dict[str, int]:
+    """Elements of those that are the unit's own."""
+    sizes = {str(n.target): numel(shape_of(n)) for n in parameter_nodes(unit)}
+    return {p: size for p, size in sizes.items() if unit.parameters[p].tied is None}
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -305,6 +354,7 @@ def _before_gather(node: fx.Node, machine: Machine) -> fx.Node:
 def _picked(
     node: fx.Node,
     roots: dict[fx.Node, str | None],
+    own: Mapping[str, int],
     where: Group,
     machine: Machine,
     width: int,
@@ -313,7 +363,7 @@ def _picked(
     """One of several results of a kernel; the first one stands for the kernel."""
     kernel, number = node.args
     assert isinstance(kernel, fx.Node) and isinstance(kernel.target, Kernel), "a kernel's result"
-    whole = _step(kernel, roots, where, machine, width, inner)
+    whole = _step(kernel, roots, own, where, machine, width, inner)
     size = width * numel(shape_of(node))
     outputs = kernel.target.group.outputs
     assert isinstance(number, int), "a result's place"
@@ -326,6 +376,7 @@ def _picked(
 def _step(
     node: fx.Node,
     roots: dict[fx.Node, str | None],
+    own: Mapping[str, int],
     where: Group,
     machine: Machine,
     width: int,
@@ -345,6 +396,7 @@ def _step(
         )
     shapes = shapes_of(node)
     cost = operator_cost(node, shapes, machine, width)
+    makes = entry_of(node).forward_buffers
     kept = [roots[_before_gather(operands[i], machine)] for i in cost.saved.operands]
     kept += [node.name] if cost.saved.result else []
     sent: dict[str, float] = {}
@@ -361,6 +413,10 @@ def _step(
         reads,
         keeps=frozenset(v for v in kept if v is not None),
         extra_bytes=cost.saved.extra_bytes,
+        working_bytes=cost.working_bytes,
+        hands_on=entry_of(node).hands_on,
+        making_bytes=makes(node, shapes, width) if makes is not None else 0,
+        weights={w: n for w, n in own.items() if w in weights_read(node)},
         computing_s=cost.forward_s,
         flops=cost.flops,
         sent_s=sent,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+from llmspec.compiler.cost.moments import fullest_of
 from llmspec.compiler.cost.recompute import Again
 from llmspec.compiler.cost.unit import UnitCost
 
@@ -61,9 +62,11 @@ class Run:
         casts = 0 if again.keeps_casts else self.cast_kept_bytes(cast_bytes, expert_cast_bytes)
         return again.working_bytes + casts
 
-    def working_bytes(self, cast_bytes: int) -> int:
-        """Alive besides while one use's worst operator runs."""
-        return self.cost.working_bytes + cast_bytes * self.cost.passing_elements
+    def working_bytes(self, cast_bytes: int, coming: int = 0) -> int:
+        """The most beside those, as operators of one use run and free what they needed. `coming`:
+        bytes of each element whose gradient comes meanwhile and stays."""
+        moments = self.recompute.moments if self.recompute else self.cost.moments
+        return fullest_of(moments, coming) + cast_bytes * self.cost.passing_elements
 
     def cast_kept_bytes(self, cast_bytes: int, expert_cast_bytes: int | None = None) -> int:
         """Of the weights as its operators cast them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import fx
@@ -11,6 +11,7 @@ from torch import fx
 from llmspec.compiler.cost.compute import OperatorCost, is_integer, local_shapes, operator_cost
 from llmspec.compiler.cost.hardware import WEIGHT, Machine
 from llmspec.compiler.cost.late import NOTHING_LATE, Late, late_of
+from llmspec.compiler.cost.moments import Moments, Waiting, worst_of
 from llmspec.compiler.cost.network import Group, collective_s, exposed_s
 from llmspec.compiler.cost.software import gathered, in_gate, product_shapes
 from llmspec.compiler.graph import Unit
@@ -153,8 +154,8 @@ class UnitCost:
         not grow with the micro-batch. away_bytes: storages large enough to go to host memory in
         the meantime. *_host_bytes: what that takes there.
     input_bytes, output_bytes: of the value that flows, as it crosses the unit's boundary.
-    working_bytes: alive besides while the unit's worst operator runs backward. growing_bytes: at
-        the worst one, with the gradients of weights so far, less what is freed by then.
+    working_bytes: of what the unit's worst operator needs besides to run backward. moments: of its
+        backward, what operators free of what they kept subtracted.
     passing_elements: of parameters whose use casts them and keeps nothing of that, alive then too.
     elements: of its own parameters, here. shadow_elements: those whose gradient is a sum over
         ranks. cast_elements: of parameters that autograd keeps in the compute type when each use
@@ -182,7 +183,7 @@ class UnitCost:
     output_bytes: int = 0
     working_bytes: int = 0
     passing_elements: int = 0
-    growing_bytes: int = 0
+    moments: Moments = ()
     elements: int = 0
     shadow_elements: int = 0
     cast_elements: int = 0
@@ -316,22 +317,39 @@ class _Tally:
             bytes_of=lambda node, i: self.bytes_of(*state(node, i)),
         )
 
-    def growing_bytes(self, costs: list[OperatorCost], elements: Mapping[str, int]) -> int:
+    def moments(self, costs: list[OperatorCost], elements: Mapping[str, int]) -> Moments:
         """As the backward goes: each operator's gradients of weights come, what it needed goes."""
-        worst = change = 0
+        freed, found = 0, []
+        waiting = Waiting()
+        result = self.unit.result()
+        waiting.come(result, self.bytes_of(result, self.layout.boundary_out))
         came: set[str] = set()
         for node, cost in reversed(list(zip(self.unit.calls(), costs, strict=True))):
-            for operand in node.all_input_nodes:
-                if operand.op == "get_attr" and str(operand.target) in elements:
-                    weight = str(operand.target)
-                    change += self.width * elements[weight] if weight not in came else 0
-                    came.add(weight)
-            worst = max(worst, change + cost.working_bytes)
-            change -= self.frees[node]
-        return worst
+            came |= weights_read(node) & elements.keys()
+            beside = waiting.through(node, self.gradients(node), hands_on=hands_on(node))
+            found.append((sum(elements[w] for w in came), beside + cost.working_bytes - freed))
+            freed += self.frees[node]
+        return worst_of(found)
+
+    def gradients(self, node: fx.Node) -> dict[Hashable, int]:
+        """Bytes of those of its operands."""
+        states = zip(tensor_operands(node), self.layout.choices[node].operands, strict=True)
+        return {
+            operand: self.bytes_of(operand, state)
+            for operand, state in states
+            if operand.op != "get_attr" and not is_integer(operand)
+        }
 
     def bytes_of(self, node: fx.Node, state: State) -> int:
         return self.width * numel(local_shape(shape_of(node), state, self.where.ranks))
+
+
+def hands_on(node: fx.Node) -> bool:
+    return entry_of(node).hands_on or same_memory(node)
+
+
+def weights_read(node: fx.Node) -> set[str]:
+    return {str(n.target) for n in node.all_input_nodes if n.op == "get_attr"}
 
 
 def sent_by(node: fx.Node, shapes: Shapes) -> tuple[Sends, ...]:
@@ -427,7 +445,7 @@ def unit_cost(
         output_bytes=tally.bytes_of(unit.result(), layout.boundary_out),
         working_bytes=max((c.working_bytes for c in costs), default=0),
         passing_elements=sum(elements[p] for p in passing - tally.cast),
-        growing_bytes=tally.growing_bytes(costs, own),
+        moments=tally.moments(costs, own),
         elements=sum(own.values()),
         shadow_elements=sum(shadow.values()),
         cast_elements=sum(cast.values()),

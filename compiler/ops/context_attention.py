@@ -255,6 +255,11 @@ def _gather_buffers(node: fx.Node, shapes: Shapes, width: int) -> int:
     return width * (every - pair // 2) + max(width, 4) * (every + queries)
 
 
+def _exchanged(node: fx.Node, shapes: Shapes, width: int) -> int:
+    """The result in pieces on its way back, which are put together twice."""
+    return width * numel(shapes.result)
+
+
 def _render(node: fx.Node, args: Sequence[str], _: Localised) -> Printed:
     name = node.target.__name__  # type: ignore[union-attr]
     causal, window, explicit = node.args[3:6]
@@ -284,5 +289,6 @@ for _function, _placed, _saved, _sends, _buffers in (
             model_flops=_model_flops,
             sends=_sends,
             buffers=_buffers,
+            forward_buffers=_exchanged if _function is ulysses_attention else None,
         )
     )

@@ -154,6 +154,7 @@ def _arithmetic(
             render=render,
             formula=Formula(value=value, gradient=gradient),
             joins=joins,
+            hands_on=gradient is _add_gradient,
         )
     )
 

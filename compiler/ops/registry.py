@@ -270,6 +270,8 @@ class Entry:
     """
     moved: Moved | None = None
     """Bytes between device and memory, where several kernels make more than operands and result."""
+    hands_on: bool = False
+    """The gradient of its result is that of each operand, and no other tensor."""
     joins: Callable[[fx.Node], bool] | None = None
     """Whether the kernel that makes its first operand does it too: its backward sums the gradient
     of the other."""
@@ -282,6 +284,8 @@ class Entry:
     buffers: Callable[[fx.Node, Shapes, int], int] | None = None
     """Bytes that its backward has alive besides its result and the gradients of its operands, in a
     compute type of so many bytes; None: nothing."""
+    forward_buffers: Callable[[fx.Node, Shapes, int], int] | None = None
+    """Likewise of its forward, besides its operands, what it keeps and its result."""
     rates: tuple[float | None, float | None] = (None, None)
     """Bytes/s that were measured of it, forward and backward; None: the memory's are predicted."""
     lean: tuple[str, Callable[[fx.Node, Shapes], Saved]] | None = None

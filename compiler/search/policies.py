@@ -21,6 +21,7 @@ from llmspec.compiler.cost.memory import (
     passing,
     working_bytes,
 )
+from llmspec.compiler.cost.moments import fullest_of
 from llmspec.compiler.cost.offload import ACTIVATIONS, Offload, ledgers
 from llmspec.compiler.cost.recompute import Again, Flow, Operators, flow_of
 from llmspec.compiler.cost.stage import Run, Stage
@@ -214,7 +215,8 @@ class _Choices:
         return again.kept_bytes + (self.cast_bytes if again.keeps_casts else 0)
 
     def returning(self, again: Again) -> int:
-        return again.working_bytes + (0 if again.keeps_casts else self.cast_bytes)
+        moving = again.working_bytes + fullest_of(again.moments, 0)
+        return moving + (0 if again.keeps_casts else self.cast_bytes)
 
     def worthwhile(self) -> list[Again]:
         """Those that no other beats, from the most bytes kept to the fewest."""
@@ -431,12 +433,8 @@ def _beside(bare: Stage, home: Residence, types: Types, machine: Machine) -> tup
         cast_bytes(home, types),
     )
     runs = list(reversed(bare.runs))
-    all_of = [
-        working_bytes(run, home, casts) + during.total
-        for run, uses in zip(runs, around, strict=True)
-        for during, _ in uses.values()
-    ]
-    return working_bytes(runs[0], home, casts) + around[0][0][0].total, min(all_of)
+    all_of = [during.total for uses in around for during, _ in uses.values()]
+    return working_bytes(runs[0], home, types, casts, 0) + around[0][0][0].total, min(all_of)
 
 
 def _limits(
