@@ -319,7 +319,8 @@ class _Tally:
 
     def moments(self, costs: list[OperatorCost], elements: Mapping[str, int]) -> Moments:
         """As the backward goes: each operator's gradients of weights come, what it needed goes."""
-        freed, found = 0, []
+        freed = later = 0
+        found = []
         waiting = Waiting()
         result = self.unit.result()
         waiting.come(result, self.bytes_of(result, self.layout.boundary_out))
@@ -328,7 +329,9 @@ class _Tally:
             came |= weights_read(node) & elements.keys()
             beside = waiting.through(node, self.gradients(node), hands_on=hands_on(node))
             found.append((sum(elements[w] for w in came), beside + cost.working_bytes - freed))
-            freed += self.frees[node]
+            freed, later = freed + later, self.frees[node]
+            if entry_of(node).overwrites not in self.machine.fused:
+                freed, later = freed + later, 0  # else the gradient is there
         return worst_of(found)
 
     def gradients(self, node: fx.Node) -> dict[Hashable, int]:
