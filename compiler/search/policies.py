@@ -294,18 +294,21 @@ def _least(found: Sequence[Again]) -> Again:
         kept_bytes=away + min(a.kept_bytes - a.away_bytes for a in found),
         away_bytes=away,
         keeps_casts=all(a.keeps_casts for a in found),
-        working_bytes=min(a.working_bytes for a in found),
+        working_bytes=min(a.working_bytes + fullest_of(a.moments, 0) for a in found),
     )
 
 
 class Mixtures:
     """Every way to have at most two choices for each unit's blocks of one stage, the one that keeps
-    less in the earlier blocks: what they compute again is back when the later ones are gone."""
+    less in the earlier blocks: what they compute again is back when the later ones are gone.
+
+    returning: the fewest bytes that go with one block's backward, by unit."""
 
     def __init__(self, units: tuple[_Choices, ...]):
         self.units = tuple(u.unit for u in units)
         self.found = [own.worthwhile() for own in units]
         self.least = {u: _least(found) for u, found in zip(self.units, self.found, strict=True)}
+        self.returning = {u.unit: min(map(u.returning, u.found)) for u in units}
         first, *others = (_mixtures_of(u, f) for u, f in zip(units, self.found, strict=True))
         table = first
         for other in others:
@@ -384,7 +387,7 @@ def fitting(
             return None
     else:
         spare = budget_bytes - total + moving_bytes(bare, home, types, machine)
-        beside = _beside(bare, home, types, machine)
+        beside = _beside(bare, home, types, machine, mixtures.returning.get(of_each[-1][0]))
         kept_bytes, most_bytes = _limits(of_each, home, casts, spare, beside)
         if home.first_is_fullest and home.microbatches > 1:
             # the backward after the first finds all gradients, and one micro-batch less
@@ -426,15 +429,16 @@ def _mixed(
     return tuple(out)
 
 
-def _beside(bare: Stage, home: Residence, types: Types, machine: Machine) -> tuple[int, int]:
-    """Bytes beside what is kept as the backward begins, and the least as any unit's goes on."""
-    around, casts = (
-        passing(bare, home, types, "gradients" in machine.fused),
-        cast_bytes(home, types),
-    )
-    runs = list(reversed(bare.runs))
+def _beside(
+    bare: Stage, home: Residence, types: Types, machine: Machine, block: int | None
+) -> tuple[int, int]:
+    """Bytes beside what is kept as the backward begins, and the least as any unit's goes on.
+    `block`: the least with the backward of the last unit, if that is one that may run again."""
+    around = passing(bare, home, types, "gradients" in machine.fused)
+    if block is None:
+        block = working_bytes(bare.runs[-1], home, types, cast_bytes(home, types), 0)
     all_of = [during.total for uses in around for during, _ in uses.values()]
-    return working_bytes(runs[0], home, types, casts, 0) + around[0][0][0].total, min(all_of)
+    return block + around[0][0][0].total, min(all_of)
 
 
 def _limits(

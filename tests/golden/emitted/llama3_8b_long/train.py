@@ -33,7 +33,7 @@ FLOPS_PER_TOKEN = 1.48107e11  # model, not hardware
 PEAK_FLOPS = 9.89e14  # of one device, bf16, dense
 # what plan.json predicts; the run ends with what was measured beside it
 STEP_S = 48.7532
-MEMORY_BYTES = 74752116736  # 69.6 GiB, of tensors, on the fullest GPU
+MEMORY_BYTES = 75020552192  # 69.9 GiB, of tensors, on the fullest GPU
 COMPUTE = torch.bfloat16  # weights are float32
 REDUCE = torch.float32  # gradients are summed in it
 

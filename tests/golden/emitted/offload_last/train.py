@@ -33,7 +33,7 @@ FLOPS_PER_TOKEN = 1.12145e09  # model, not hardware
 PEAK_FLOPS = 1.652e14  # of one device, bf16, dense
 # what plan.json predicts; the run ends with what was measured beside it
 STEP_S = 0.378423
-MEMORY_BYTES = 1062879232  # 1014 MiB, of tensors, on the fullest GPU
+MEMORY_BYTES = 1096433664  # 1.02 GiB, of tensors, on the fullest GPU
 COMPUTE = torch.bfloat16  # weights are float32
 REDUCE = torch.float32  # gradients are summed in it
 
