@@ -78,6 +78,8 @@ def _decisions(plan: Plan) -> dict[str, str]:
                 flat |= {f"{key}.{count}": _lists(rows) for count, rows in value.items()}
             case "recompute":
                 flat |= {f"{key}.{name}": _stretches(own) for name, own in value.items()}
+            case "choices":
+                flat |= value
             case "mesh":
                 flat |= {f"{key}.{name}": str(inner) for name, inner in value.items()}
             case "placements":

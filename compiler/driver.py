@@ -32,7 +32,8 @@ from llmspec.compiler.ops.registry import Sends
 from llmspec.compiler.plan import Plan, from_json
 from llmspec.compiler.search.search import Found, Infeasible, search
 from llmspec.compiler.search.tradeoffs import Front, WhyNot, pareto, why_not
-from llmspec.dsl import Diagnostic, load, parse_plan_lines
+from llmspec.dsl import Diagnostic, load, program_under
+from llmspec.dsl.left_open import settled
 from llmspec.dsl.program import HuggingFaceModel, Model, Program, PythonModel
 
 
@@ -53,6 +54,24 @@ class Session:
         if sequences not in self.graphs:
             self.graphs[sequences] = self._build(sequences)
         return self.graphs[sequences]
+
+    def settle(self, plan: Plan) -> None:
+        """From here on the program is the plan's: what the spec left open is decided.
+
+        Errors: Refused when the spec does not offer what the plan has chosen.
+        """
+        program = settled(self.program, plan.choices)
+        if program is None:
+            words = ", ".join(f"{key} = {value}" for key, value in plan.choices.items())
+            raise Refused(
+                Diagnostic(
+                    code="E0801",
+                    message="the plan chooses what its spec does not leave open, or not so",
+                    span=self.program.train.span,
+                    label=f"the plan's choices: {words or 'none'}",
+                )
+            )
+        self.program = program
 
     def _build(self, sequences: int) -> ModelGraph:
         model, tokens = self.program.model, self.program.train.sequence_length
@@ -102,11 +121,15 @@ def open_session(path: str, *, train: str | None = None, trust: bool = False) ->
 
 
 def find_plan(session: Session) -> Found | Infeasible:
-    """Search. Errors: Refused for a fault that only the search can see."""
+    """Search; the session's program is the plan's from then on. Errors: Refused for a fault that
+    only the search can see."""
     try:
-        return search(session.program, session.graph)
+        found = search(session.program, session.graph)
     except Unsupported as error:
         raise refused(error) from None
+    if isinstance(found, Found):
+        session.settle(found.plan)
+    return found
 
 
 def find_front(session: Session) -> Front | Infeasible:
@@ -118,10 +141,11 @@ def find_front(session: Session) -> Front | Infeasible:
 
 
 def ask_why_not(session: Session, text: str) -> WhyNot | Infeasible:
-    """`text`: lines of a plan block, with commas or `;` between them. Errors: as of `find_plan`."""
-    lines = parse_plan_lines(text, session.program)
+    """`text`: lines of a plan block, or of what a train block may leave open, with commas or `;`
+    between them. Errors: as of `find_plan`."""
+    asked = program_under(text, session.program)
     try:
-        return why_not(session.program, session.graph, lines)
+        return why_not(session.program, session.graph, asked)
     except Unsupported as error:
         raise refused(error) from None
 
@@ -152,6 +176,7 @@ def open_plan(path: str, *, trust: bool = False) -> tuple[Session, Plan]:
                 helps=(f"plan again: llmspec plan {spec} --save {path}",),
             )
         )
+    session.settle(plan)
     return session, plan
 
 

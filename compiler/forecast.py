@@ -179,7 +179,7 @@ def forecast(program: Program, plan: Plan, graph: ModelGraph) -> Forecast:
         stages=tuple(found),
         send_s=step.send_s,
         events=events,
-        decided=plan_object(space, known.candidate),
+        decided=plan_object(space, known.candidate) | {"choices": plan.choices},
         predicted=predicted_object(space, known.candidate),
     )
 

@@ -81,6 +81,7 @@ class Plan:
     stages: (first, stop) instances of the chain, in its order; see schedules.rank_of.
     context_style: how attention looks over context ranks; None where there is one.
     offload: what lives in host memory, sorted.
+    choices: what the keys of the train block are that the spec leaves open, as it would say it.
     loss_rows: how many rows of logits there are at once; None: all, as a value of their own.
     recompute: unit name -> what its uses compute again, in the chain's order.
     actions: per pipeline rank, empty without a pipeline.
@@ -104,6 +105,7 @@ class Plan:
     offload: tuple[str, ...] = ()
     kernels: str = EAGER
     loss_rows: int | None = None
+    choices: dict[str, str] = field(default_factory=dict)
     placements: dict[str, UnitPlacement] = field(default_factory=dict)
     actions: tuple[tuple[str, ...], ...] = ()
     ramp_actions: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
@@ -115,10 +117,11 @@ class Plan:
         return len(self.stages) // self.mesh.pipeline
 
     def decisions(self) -> dict[str, Any]:
-        """Everything but the predictions: what makes two plans the same program."""
+        """Everything but the predictions: what makes two plans the same program. A spec that leaves
+        nothing of its train block open has no choices."""
         out = asdict(self)
         del out["predicted"]
-        return out
+        return out if self.choices else {k: v for k, v in out.items() if k != "choices"}
 
     @property
     def plan_hash(self) -> str:

@@ -135,6 +135,7 @@ def _headline(plan: Plan) -> list[str]:
     predicted, cluster = plan.predicted["predicted"], plan.predicted["cluster"]
     where = f"{cluster['devices']} x {cluster['device']}"
     lines = [f"Plan {plan.plan_hash}: {plan.model} on {where}, {mesh_words(plan)}"]
+    lines += [f"  chosen  {key} = {value}" for key, value in plan.choices.items()]
     peak, budget = predicted["peak_memory_bytes"], cluster["memory_budget_bytes"]
     unit, name = (GiB, "GiB") if peak >= 4 * GiB else (MiB, "MiB")
     parts = ledger_words(predicted["memory_bytes"], unit)

@@ -23,7 +23,7 @@ __all__ = [
     "load",
     "nearest_codes",
     "parse_plan_block",
-    "parse_plan_lines",
+    "program_under",
     "read_source",
 ]
 
@@ -56,12 +56,12 @@ def explicit(program: Program) -> str:
     return explicit_text(program)
 
 
-def parse_plan_lines(text: str, program: Program) -> tuple[Constraint, ...]:
-    """`tensor = 4, zero in [1, 3]`: lines of a `plan` block, checked against a program's model,
-    cluster, batch, and the lines of its own block for other keys. Errors: SpecError."""
-    from llmspec.dsl.plans import parse_lines
+def program_under(text: str, program: Program) -> Program:
+    """The program under lines like `tensor = 4, zero in [1, 3], precision = fp32`, which stand in
+    for its own about the same keys. Errors: SpecError."""
+    from llmspec.dsl.asked import program_under
 
-    return parse_lines(text, program)
+    return program_under(text, program)
 
 
 def parse_plan_block(text: str) -> tuple[Constraint, ...]:

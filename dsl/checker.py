@@ -23,7 +23,7 @@ from llmspec.dsl.program import (
     Train,
 )
 from llmspec.dsl.sources import Scope, Sources
-from llmspec.dsl.training import Context, Reader, train_keys
+from llmspec.dsl.training import Context, read_trains, train_keys
 
 
 class Checker:
@@ -49,13 +49,14 @@ class Checker:
         section = self.attempt(lambda: self.pick_train(train_name))
         if section is None:
             return None
-        nodes, faults = train_keys(section)
+        nodes, choices, faults = train_keys(section)
         self.collect(faults)
         model = self.attempt(lambda: self.train_model(section, nodes))
         cluster = self.attempt(lambda: self.train_cluster(section, nodes))
-        reader = Reader(Context(nodes=nodes, section=section, model=model, cluster=cluster))
-        train = reader.read()
-        self.collect(reader.faults)
+        context = Context(nodes=nodes, section=section, model=model, cluster=cluster)
+        trains, faults = read_trains(context, choices)
+        self.collect(faults)
+        train = trains[0] if trains else None
         self.check_files(train)
         budget = self.attempt(lambda: budget_of(self.own("budget"), cluster))
         lines = [d for d in self.scope.file.declarations if isinstance(d, syntax.Prefer)]
@@ -75,6 +76,7 @@ class Checker:
             budget=budget,
             plan=plan,
             prefer=prefer,
+            trains=trains if len(trains) > 1 else (),
         )
 
     def attempt(self, read):  # type: ignore[no-untyped-def]

@@ -9,7 +9,7 @@ from llmspec.dsl.legality import check_pins
 from llmspec.dsl.options import PLAN, PlanRow
 from llmspec.dsl.parse import parse
 from llmspec.dsl.pins import Pins
-from llmspec.dsl.program import Constraint, Option, Program, Relation, Span
+from llmspec.dsl.program import Constraint, Option, Relation, Span
 from llmspec.dsl.values import Value, Word, evaluate, show, whole
 
 
@@ -138,44 +138,30 @@ BLOCK = "plan"
 """The path of a block that is in no file."""
 
 
-def parse_lines(text: str, program: Program) -> tuple[Constraint, ...]:
-    """`tensor = 4, zero in [1, 3]`: lines of a plan block, and the rest of the program's block for
-    other keys. Errors: SpecError, for what no plan of the program can keep too."""
-    depth, block = 0, ""
-    for sign in text:
-        depth += (sign in "([") - (sign in ")]")
-        block += ";" if sign == "," and not depth else sign
-    block = f"plan {{ {block} }}"
-    lines = parse_block(block)
-    keys = {line.key for line in lines}
-    others = tuple(line for line in program.plan if line.key not in keys)
-    pins = Pins(
-        constraints=(*others, *lines),
-        model=program.model,
-        cluster=program.cluster,
-        train=program.train,
-    )
-    faults = check_pins(pins)
-    if faults:
-        raise SpecError([f.diagnostic for f in faults], {BLOCK: block})
-    return lines
-
-
 def parse_block(text: str) -> tuple[Constraint, ...]:
     """Errors: SpecError."""
-    path = BLOCK
-    file, diagnostics = parse(path, text)
-    found: list[Constraint] = []
+    found = checked(section_of(text), text)
+    faults = check_pins(Pins(constraints=found, model=None, cluster=None, train=None))
+    if faults:
+        raise SpecError([f.diagnostic for f in faults], {BLOCK: text})
+    return found
+
+
+def section_of(text: str) -> syntax.Section:
+    """Of one `plan { … }` block. Errors: SpecError."""
+    file, diagnostics = parse(BLOCK, text)
     sections = [d for d in file.declarations if isinstance(d, syntax.Section) and d.kind == "plan"]
     if not diagnostics and (len(sections) != 1 or len(file.declarations) != 1):
-        span = Span(path, 1, 1, 1, 2)
+        span = Span(BLOCK, 1, 1, 1, 2)
         diagnostics = [fault("E0501", "this is not one `plan { … }` block", span).diagnostic]
-    for section in sections[:1]:
-        found, faults = constraints_of(section)
-        diagnostics += [f.diagnostic for f in faults]
-    if not diagnostics:
-        pins = Pins(constraints=tuple(found), model=None, cluster=None, train=None)
-        diagnostics = [f.diagnostic for f in check_pins(pins)]
     if diagnostics:
-        raise SpecError(diagnostics, {path: text})
+        raise SpecError(diagnostics, {BLOCK: text})
+    return sections[0]
+
+
+def checked(section: syntax.Section, text: str) -> tuple[Constraint, ...]:
+    """What the lines say, each by itself. Errors: SpecError."""
+    found, faults = constraints_of(section)
+    if faults:
+        raise SpecError([f.diagnostic for f in faults], {BLOCK: text})
     return tuple(found)

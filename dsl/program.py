@@ -475,6 +475,8 @@ class Program:
 
     path: the spec, as the user named it. folder: where relative paths start.
     source_hash: sha256 over the canonical text of the spec and of all it imports, 12 hex digits.
+    trains: where `precision` or `optimizer` is left to the search, the training run in each of the
+        ways that it may take, in the order written; `train` is the first. Else empty.
     """
 
     path: str
@@ -486,3 +488,4 @@ class Program:
     budget: Budget
     plan: tuple[Constraint, ...]
     prefer: Prefer
+    trains: tuple[Train, ...] = ()

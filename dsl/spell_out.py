@@ -12,7 +12,7 @@ from llmspec.dsl.hardware import CONSTANTS, COUNT, OPTIONAL
 from llmspec.dsl.kernels import kernels_text
 from llmspec.dsl.layout import Token, scan
 from llmspec.dsl.measured import TABLES
-from llmspec.dsl.options import OPERATORS, PLAN
+from llmspec.dsl.options import OPERATORS, OPTIMIZERS, PLAN, PRECISIONS, CallRow
 from llmspec.dsl.program import (
     AnyModel,
     Arithmetic,
@@ -49,7 +49,7 @@ def explicit_text(program: Program) -> str:
         device_text(program.cluster.device),
         *kernels_lines(program.cluster),
         cluster_text(program.cluster),
-        train_text(program.train, program.model.name, program.cluster.name),
+        train_text(program),
         budget_text(program.budget),
     ]
     if program.plan:
@@ -405,6 +405,34 @@ def call_text(call: Call) -> str:
     return f"{call.name}({', '.join(parts)})" if parts else call.name
 
 
+OPEN: dict[str, tuple[CallRow, ...]] = {"precision": PRECISIONS, "optimizer": OPTIMIZERS}
+"""Keys of a train block that may be left to the search."""
+
+
+def short_text(call: Call, key: str) -> str:
+    """Without the parts that are so anyway."""
+    row = next(row for row in OPEN[key] if row.name == call.name)
+    said = tuple((k, v) for k, v in call.options if (o := row.row(k)) is None or v != o.default)
+    return call_text(replace(call, options=said))
+
+
+def open_text(program: Program, key: str) -> str:
+    """`precision = bf16(…)`, or `precision in [..]` where it is left to the search."""
+    texts = [call_text(getattr(t, key)) for t in program.trains or (program.train,)]
+    distinct = list(dict.fromkeys(texts))
+    return f"{key} = {texts[0]}" if len(distinct) == 1 else f"{key} in [{', '.join(distinct)}]"
+
+
+def phases_text(program: Program) -> str:
+    """What depends on the optimizer is left out where that is open: it is the default then."""
+    trains = program.trains or (program.train,)
+    phases = []
+    for alike in zip(*(train.learning_rate for train in trains), strict=True):
+        kept = tuple(o for o in alike[0].options if all(o in other.options for other in alike))
+        phases.append(call_text(replace(alike[0], options=kept)))
+    return "learning_rate = " + " then ".join(phases)
+
+
 def every_text(every: Every | None) -> str:
     if every is None:
         return "none"
@@ -429,20 +457,21 @@ def batch_text(train: Train) -> str:
     return f"ramp({', '.join(parts)})"
 
 
-def train_text(train: Train, model: str, cluster: str) -> str:
+def train_text(program: Program) -> str:
+    train = program.train
     length = f"steps = {train.steps if train.steps is not None else 'chinchilla'}"
     if train.tokens is not None:
         length = f"tokens = {train.tokens}"
     lines = [
-        f"model = {model}",
-        f"cluster = {cluster}",
+        f"model = {program.model.name}",
+        f"cluster = {program.cluster.name}",
         f"dataset = {call_text(train.dataset)}",
         f"batch = {batch_text(train)}",
         f"sequence_length = {train.sequence_length}",
         length,
-        f"optimizer = {call_text(train.optimizer)}",
-        "learning_rate = " + " then ".join(map(call_text, train.learning_rate)),
-        f"precision = {call_text(train.precision)}",
+        open_text(program, "optimizer"),
+        phases_text(program),
+        open_text(program, "precision"),
         f"objective = {call_text(train.objective)}",
         f"validate = {every_text(train.validate)}",
         f"checkpoint = {every_text(train.checkpoint)}",

@@ -13,6 +13,7 @@ from llmspec.dsl.batches import amount, read_batch
 from llmspec.dsl.choices import read_call, read_options
 from llmspec.dsl.diagnostics import Fault, fault, listing
 from llmspec.dsl.hardware import equal_only, settings_of
+from llmspec.dsl.left_open import check_distinct, combinations, distinct_faults, listed
 from llmspec.dsl.parameters import count_parameters
 from llmspec.dsl.precisions import check_device, check_parts
 from llmspec.dsl.program import (
@@ -303,6 +304,24 @@ class Reader:
         return 1 if node is None else whole(evaluate(node), node.span, "`seed`", least=0)
 
 
+def read_trains(context: Context, choices: Choices) -> tuple[tuple[Train, ...], list[Fault]]:
+    """The run in each way that its block allows, one where nothing is left to the search; none
+    where one has faults."""
+    found, faults = [], []
+    for nodes in combinations(context.nodes, choices):
+        reader = Reader(replace(context, nodes=nodes))
+        found.append(reader.read())
+        faults += reader.faults
+    trains = tuple(train for train in found if train is not None)
+    if len(trains) < len(found):
+        return (), distinct_faults(faults)
+    try:
+        check_distinct(trains)
+    except Fault as error:
+        faults.append(error)
+    return trains, faults
+
+
 def plain_default(row: options.OptionRow) -> Option:
     assert not callable(row.default), "events have constant defaults"
     return row.default
@@ -351,10 +370,15 @@ def check_phases(phases: tuple[Call, ...], steps: int | None) -> None:
 TRAIN_KEYS = options.TRAIN_KEYS
 
 
-def train_keys(section: syntax.Section) -> tuple[dict[str, syntax.Node], list[Fault]]:
-    """The block's values by key, and the faults of single lines."""
+Choices = dict[str, tuple[syntax.Node, ...]]
+
+
+def train_keys(section: syntax.Section) -> tuple[dict[str, syntax.Node], Choices, list[Fault]]:
+    """The block's values by key, those of keys that are left to the search, and the faults of
+    single lines."""
     faults: list[Fault] = []
     nodes: dict[str, syntax.Node] = {}
+    choices: Choices = {}
     for statement in section.body:
         try:
             if isinstance(statement, syntax.Setting):
@@ -369,15 +393,17 @@ def train_keys(section: syntax.Section) -> tuple[dict[str, syntax.Node], list[Fa
                         "here again",
                         secondary=((nodes[key].span, "first here"),),
                     )
-                nodes[key] = equal_only(setting)
+                if setting.relation == "in":
+                    choices[key] = listed(setting)
+                    nodes[key] = choices[key][0]
+                else:
+                    nodes[key] = equal_only(setting)
         except Fault as error:
             faults.append(error)
-    return nodes, faults
+    return nodes, choices, faults
 
 
 def refuse_later(statement: syntax.Setting) -> None:
     key = statement.key.text
     if key in options.TRAIN_KEYS_LATER:
         raise no_meaning(f"`{key}`", statement.span)
-    if statement.relation == "in" and key in TRAIN_KEYS:
-        raise no_meaning(f"a choice of `{key}` left to the search", statement.span)

@@ -43,6 +43,10 @@ def print_head(file: TrainFile) -> None:
 
 def print_constants(file: TrainFile) -> None:
     t, plan, p = file.train, file.plan, file.precision
+    if plan.choices:
+        file.text.line("# the spec leaves this open, and the search has chosen:")
+        for key, value in plan.choices.items():
+            file.text.line(f"#   {key} = {value}")
     file.text.line(f"STEPS = {t.steps}")
     file.text.line(f"BATCH = {t.batch_sequences}  # sequences per step, over all processes")
     if file.ramp:

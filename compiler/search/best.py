@@ -30,6 +30,7 @@ class Told:
 
 
 def told(space: Space, found: Candidate) -> Told:
+    space = space.home(found)
     known = found.times is not None and steps_of(space.program.train) is not None
     return Told(
         words=describe(found),
@@ -54,7 +55,7 @@ def chosen_of(space: Space, walk: Walk) -> tuple[Candidate, dict[int, Candidate]
 def completion(space: Space) -> tuple[Candidate, bool] | None:
     """(the best plan under the space's lines, whether it misses the deadline or the cost); the
     smallest where none fits. None where the lines leave no plan."""
-    walk = Walk(space.by_nodes(), space.objective)
+    walk = Walk(space.apart(), space.objective)
     walk.run()
     if walk.fit:
         return chosen_of(space, walk)[0], False

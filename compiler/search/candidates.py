@@ -17,6 +17,9 @@ from llmspec.compiler.search.pins import Recompute
 from llmspec.compiler.search.stages import Cut
 from llmspec.compiler.views import View
 
+Family = tuple[str, str]
+"""("tensor", "8"), ("zero", "3"), ("precision", "bf16") …"""
+
 SIMPLER = (
     Schedule.ONE_F_ONE_B,
     Schedule.GPIPE,
@@ -77,7 +80,11 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One plan with its price. `times` is None when it does not fit."""
+    """One plan with its price. `times` is None when it does not fit.
+
+    choices: what it makes of the keys of the train block that are left open; choice: which of the
+        ways to do that, in the order written.
+    """
 
     shape: Shape
     zero: int
@@ -89,6 +96,8 @@ class Candidate:
     host: HostLedger = NO_HOST
     recompute: tuple[Operators, ...] = ()
     """What each instance of the chain computes again."""
+    choices: tuple[Family, ...] = ()
+    choice: int = 0
 
     @property
     def mesh(self) -> MeshSizes:
@@ -121,6 +130,7 @@ class Candidate:
         """What decides between plans of equal time: the fewer kinds of parallelism the better."""
         shape = self.shape
         return (
+            self.choice,
             len(self.offload),
             shape.grid.pipeline,
             shape.grid.tensor,

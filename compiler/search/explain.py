@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from llmspec.compiler.schedules import Schedule
-from llmspec.compiler.search.candidates import Candidate, Outline, Shape
+from llmspec.compiler.search.candidates import Candidate, Family, Outline, Shape
 from llmspec.compiler.search.objective import Objective, Weight
 from llmspec.compiler.search.pins import Recompute
 from llmspec.compiler.search.space import Space
@@ -33,9 +33,6 @@ SEEN = ("context", "context_style", "expert", "gpus", "kernels")
 PATIENCE = 24
 """Plans of a family that do not fit before it counts as too large."""
 
-Family = tuple[str, str]
-"""("tensor", "8"), ("zero", "3") …"""
-
 
 def families_of(found: Candidate) -> tuple[Family, ...]:
     shape, mesh = found.shape, found.mesh
@@ -47,7 +44,7 @@ def families_of(found: Candidate) -> tuple[Family, ...]:
     if found.zero:
         names.append(("sharding", "hybrid" if mesh.shards < mesh.data else "full"))
     names += [("offload", word) for word in found.offload or ("none",)]
-    return tuple(names)
+    return (*names, *found.choices)
 
 
 def shape_families(shape: Shape | Outline) -> tuple[Family, ...]:
@@ -93,7 +90,7 @@ def possible_families(outline: Outline, space: Space) -> set[Family]:
 
 def families_with(outline: Outline, zero: int, shards: int, space: Space) -> set[Family]:
     """Those of an outline's candidates that shard in one way."""
-    names = {f for f in shape_families(outline) if f[0] not in SEEN}
+    names = {f for f in shape_families(outline) if f[0] not in SEEN} | set(space.choices)
     names.add(("zero", str(zero)))
     if zero:
         names.add(("sharding", "hybrid" if shards < outline.grid.data else "full"))
@@ -202,7 +199,8 @@ def _worse(family: Family, winner: Candidate, other: Candidate, objective: Objec
     elif share < 0 and other.offload:
         text = f"{-100 * share:.1f} % faster, too little to depend on host memory"
     elif share < 0.0005:
-        text = "as fast, and less simple"
+        listed = family in other.choices and other.choice > winner.choice
+        text = f"as fast, and {'named later in the spec' if listed else 'less simple'}"
     else:
         gained = other.times.parts()[term] - winner.times.parts()[term]
         text = f"{100 * share:.1f} % slower: {WORDS[term]} +{seconds(gained)}"
@@ -263,7 +261,7 @@ def duration(total_s: float) -> str:
 def describe(found: Candidate) -> str:
     """A plan in one line of the language's words."""
     mesh, shape = found.mesh, found.shape
-    words = [f"data {mesh.data}"]
+    words = [f"{key} {value}" for key, value in found.choices] + [f"data {mesh.data}"]
     if found.zero:
         words.append(f"zero {found.zero}")
         if mesh.shards < mesh.data:

@@ -46,7 +46,7 @@ def nothing_fits(space: Space, walk: Walk, smallest: Candidate, start: float) ->
     return Infeasible(
         goal="memory",
         best=describe(smallest),
-        decisions=plan_object(space, smallest),
+        decisions=plan_object(space.home(smallest), smallest),
         ledger=smallest.ledger,
         budget_bytes=space.budget_bytes,
         missing_bytes=smallest.peak_bytes - space.budget_bytes,
@@ -68,7 +68,7 @@ def too_late(space: Space, walk: Walk, start: float) -> Infeasible | None:
     return Infeasible(
         goal=goal,
         best=describe(nearest),
-        decisions=plan_object(space, nearest),
+        decisions=plan_object(space.home(nearest), nearest),
         ledger=nearest.ledger,
         budget_bytes=space.budget_bytes,
         missing_bytes=0,
@@ -89,7 +89,7 @@ def _nearest(space: Space) -> tuple[str, Candidate] | None:
 
     def least(prefer: Prefer, *free_of: str) -> Candidate | None:
         free = space.changed(budget=without_goals(budget, *free_of))
-        found = best(free.by_nodes(), Objective(prefer))
+        found = best(free.apart(), Objective(prefer))
         return None if found is None else space.played(found)
 
     if budget.deadline_s is not None:

@@ -41,11 +41,11 @@ def budgets(least: int, most: int, count: int) -> list[int]:
 
 
 def _under(space: Space, limit: int) -> tuple[Space, ...]:
-    return _preferring(space, Prefer.THROUGHPUT, limit).by_nodes()
+    return _preferring(space, Prefer.THROUGHPUT, limit).apart()
 
 
 def _smallest_spaces(space: Space) -> tuple[Space, ...]:
-    return _preferring(space, Prefer.MEMORY, space.budget_bytes).by_nodes()
+    return _preferring(space, Prefer.MEMORY, space.budget_bytes).apart()
 
 
 def _preferring(space: Space, prefer: Prefer, limit: int) -> Space:

@@ -79,6 +79,7 @@ def plan_object(space: Space, found: Candidate) -> Number:
         "offload": list(found.offload) or "none",
         "kernels": shape.option.kernels,
         "loss_rows": shape.option.view.loss_rows,
+        "choices": dict(found.choices),
         "world_size": mesh.world_size,
         "microbatches": shape.microbatches,
     }

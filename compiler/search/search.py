@@ -79,7 +79,7 @@ def search_all(program: Program, build: Build) -> Found | Infeasible:
     """`search`, with the collector as it is."""
     start = time.perf_counter()
     space = Space.of(program, build)
-    spaces = space.by_nodes()
+    spaces = space.apart()
     check_meshes(spaces)
     walk = Walk(spaces, space.objective)
     walk.run()
@@ -97,6 +97,7 @@ def search_all(program: Program, build: Build) -> Found | Infeasible:
 
 def _found(space: Space, walk: Walk, start: float) -> Found:
     winner, played = chosen_of(space, walk)
+    space = space.home(winner)
     ranked = sorted(played.values(), key=space.objective.rank)
     runners = distinct(ranked)[: 1 + RUNNERS_UP]
     return Found(
@@ -160,6 +161,7 @@ def plan_of(space: Space, winner: Candidate, considered: int, fit: int) -> Plan:
         offload=winner.offload,
         loss_rows=shape.option.view.loss_rows,
         kernels=shape.option.kernels,
+        choices=dict(winner.choices),
         stages=shape.cut,
         recompute=stretches(space.graph(1).instances, winner.recompute),
         placements=shape.option.placements,

@@ -13,7 +13,7 @@ from llmspec.compiler.cost.types import Types, types_of
 from llmspec.compiler.graph import ModelGraph
 from llmspec.compiler.schedules import Schedule
 from llmspec.compiler.search.bounds import ROUNDING, Bounds
-from llmspec.compiler.search.candidates import Candidate, Outline, Shape, Sketch
+from llmspec.compiler.search.candidates import Candidate, Family, Outline, Shape, Sketch
 from llmspec.compiler.search.chain import Build, Chain
 from llmspec.compiler.search.limits import Limits, steps_of
 from llmspec.compiler.search.meshes import Grid
@@ -26,6 +26,7 @@ from llmspec.compiler.search.ranges import Ranges
 from llmspec.compiler.search.repeats import Repeats
 from llmspec.compiler.search.stages import Cut, balanced, block_starts, cut_at
 from llmspec.compiler.views import WHOLE_VIEW, View
+from llmspec.dsl.left_open import each_settled
 from llmspec.dsl.program import Budget, Cluster, Prefer, Program
 
 
@@ -35,7 +36,9 @@ class Space:
 
     chain, pricing: the same whatever the lines say. offloads: what may live in host memory, a
         choice a tuple. besides: plans without offload have been looked at already. host_needed:
-        the least host memory of a rank among the plans that had too little.
+        the least host memory of a rank among the plans that had too little. choices, choice: what
+        the program makes of the keys of its train block that are left open, and which of the ways
+        to do so that is. others: the same space under the other ways.
     """
 
     program: Program
@@ -46,6 +49,9 @@ class Space:
     offloads: tuple[Offload, ...] = ((),)
     besides: bool = False
     host_needed: int | None = None
+    choices: tuple[Family, ...] = ()
+    choice: int = 0
+    others: tuple[Space, ...] = ()
     styles: dict[tuple[int, int, int], list[View]] = field(default_factory=dict)
     least: dict[tuple[object, ...], float] = field(default_factory=dict)
     known_cuts: dict[tuple[object, ...], list[Cut]] = field(default_factory=dict)
@@ -53,15 +59,27 @@ class Space:
     @staticmethod
     def of(program: Program, build: Build) -> Space:
         """Errors: Unsupported for what cannot be priced or pinned yet."""
-        types = types_of(program.train)
-        machine = machine_of(program.cluster, types)
-        pins, pricing = Pins.of(program), Pricing(machine, types)
-        return _space(program, pins, Chain(build, machine, types), pricing)
+        known: dict[Types, tuple[Chain, Pricing]] = {}
+        spaces = []
+        for number, (words, one) in enumerate(each_settled(program)):
+            types = types_of(one.train)
+            if types not in known:
+                machine = machine_of(one.cluster, types)
+                known[types] = Chain(build, machine, types), Pricing(machine, types)
+            space = _space(one, Pins.of(one), *known[types])
+            spaces.append(replace(space, choices=tuple(words.items()), choice=number))
+        return replace(spaces[0], others=tuple(spaces[1:]))
+
+    def _changed(self, change: Callable[[Program], Program]) -> Space:
+        """What is known of the model's parts stays known."""
+        program = change(self.program)
+        made = _space(program, Pins.of(program), self.chain, self.pricing)
+        others = tuple(other._changed(change) for other in self.others)
+        return replace(made, choices=self.choices, choice=self.choice, others=others)
 
     def pinned(self, pins: Pins) -> Space:
         """The same program under other lines."""
-        program = replace(self.program, plan=pins.constraints)
-        return _space(program, pins, self.chain, self.pricing)
+        return self._changed(lambda program: replace(program, plan=pins.constraints))
 
     def changed(
         self,
@@ -70,23 +88,28 @@ class Space:
         budget: Budget | None = None,
         prefer: Prefer | None = None,
     ) -> Space:
-        """On other nodes of the same kind, under another budget, with something else preferred.
-        What is known of the model's parts stays known."""
-        program = self.program
-        changed = replace(
-            program,
-            cluster=cluster or program.cluster,
-            budget=budget or program.budget,
-            prefer=prefer or program.prefer,
+        """On other nodes of the same kind, under another budget, with something else preferred."""
+        return self._changed(
+            lambda program: replace(
+                program,
+                cluster=cluster or program.cluster,
+                budget=budget or program.budget,
+                prefer=prefer or program.prefer,
+            )
         )
-        return _space(changed, self.pins, self.chain, self.pricing)
 
-    def by_nodes(self) -> tuple[Space, ...]:
-        """One for each number of nodes that the search may take, most first."""
+    def apart(self) -> tuple[Space, ...]:
+        """One for each number of nodes that the search may take, most first, and each way to decide
+        what the train block leaves open."""
         cluster = self.program.cluster
         if not cluster.nodes_are_bound:
-            return (self,)
-        return tuple(self.changed(cluster=cluster.of(n)) for n in range(cluster.nodes, 0, -1))
+            return (self, *self.others)
+        fewer = (self.changed(cluster=cluster.of(n)) for n in range(cluster.nodes, 0, -1))
+        return tuple(one for space in fewer for one in space.apart())
+
+    def home(self, found: Candidate) -> Space:
+        """The way to decide what is left open that a candidate is of."""
+        return next(s for s in (self, *self.others) if s.choices == found.choices)
 
     def with_offload(self) -> Space | None:
         """The plans besides: those that use host memory. None when the lines decide that, or the
@@ -358,13 +381,16 @@ class Space:
             offload=offload,
             host=host,
             recompute=chosen,
+            choices=self.choices,
+            choice=self.choice,
         )
 
     def played(self, candidate: Candidate) -> Candidate:
         """The same plan, its time taken from its action lists."""
-        times = self.pricing.times(
+        home = self.home(candidate)
+        times = home.pricing.times(
             candidate.shape,
-            self.repeats.stages(candidate.shape, candidate.recompute),
+            home.repeats.stages(candidate.shape, candidate.recompute),
             candidate.zero,
             candidate.shards,
             candidate.schedule,

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from llmspec.compiler.search.best import Told, completion, told
+from llmspec.compiler.search.candidates import Candidate
 from llmspec.compiler.search.chain import Build
 from llmspec.compiler.search.infeasible import Infeasible
 from llmspec.compiler.search.pareto import LIMITS, front, undominated
 from llmspec.compiler.search.pins import Pins
 from llmspec.compiler.search.search import Found, check_meshes, no_collection, no_mesh, search_all
 from llmspec.compiler.search.space import Space
-from llmspec.dsl.program import Constraint, Program
+from llmspec.dsl.left_open import said
+from llmspec.dsl.program import Program
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +44,7 @@ def pareto(program: Program, build: Build, limits: int = LIMITS) -> Front | Infe
     """Errors: as of `search`."""
     with no_collection():
         space = Space.of(program, build)
-        check_meshes(space.by_nodes())
+        check_meshes(space.apart())
         points = undominated([space.played(c) for c in front(space, limits)])
         if not points:
             return _infeasible(program, build)
@@ -53,29 +55,37 @@ def pareto(program: Program, build: Build, limits: int = LIMITS) -> Front | Infe
         )
 
 
-def why_not(program: Program, build: Build, lines: tuple[Constraint, ...]) -> WhyNot | Infeasible:
-    """Why the best plan that keeps `lines` is not the one that the search takes. They stand in for
-    what the spec says of the same keys. Errors: as of `search`, for the lines too."""
+def why_not(program: Program, build: Build, under: Program) -> WhyNot | Infeasible:
+    """Why the best plan of the program `under` some lines is not the one that the search takes.
+    Errors: as of `search`, for the lines too."""
     with no_collection():
         space = Space.of(program, build)
-        check_meshes(space.by_nodes())
+        check_meshes(space.apart())
         chosen = completion(space)
         if chosen is None or chosen[0].times is None or chosen[1]:
             return _infeasible(program, build)
-        keys = {line.key for line in lines}
-        others = tuple(line for line in program.plan if line.key not in keys)
-        asked = space.pinned(Pins.of(replace(program, plan=(*lines, *others))))
-        check_meshes(asked.by_nodes())
+        if (under.train, under.trains) == (program.train, program.trains):
+            asked = space.pinned(Pins.of(under))
+        else:
+            asked = Space.of(under, build)
+        check_meshes(asked.apart())
         best = completion(asked)
         if best is None:
             raise no_mesh(asked.program, "no plan keeps all of these lines")
         return WhyNot(
             chosen=told(space, chosen[0]),
             other=told(asked, best[0]),
-            same=space.objective.rank(chosen[0]) == space.objective.rank(best[0]),
+            same=_one_plan(space, chosen[0], asked, best[0]),
             late=best[1],
             budget_bytes=space.budget_bytes,
         )
+
+
+def _one_plan(space: Space, found: Candidate, asked: Space, other: Candidate) -> bool:
+    """Whether they are the same but for the lists that what is left open was chosen from."""
+    rank = space.objective.rank
+    same = said(space.home(found).program.train) == said(asked.home(other).program.train)
+    return same and rank(replace(found, choice=0)) == rank(replace(other, choice=0))
 
 
 def _infeasible(program: Program, build: Build) -> Infeasible:

@@ -113,7 +113,7 @@ class Walk:
                 too_large.append((space, item))
             elif self.bound and self._beaten(least):
                 return
-            elif not self.shortlist.closed_to(least):
+            elif not (self.shortlist.closed_to(least) and self._settled(set(space.choices), least)):
                 for inner in space.sketches() if isinstance(item, Space) else space.opened(item):
                     least_s = max(inner.least_s, space.least_s)
                     self._push(waiting, space, inner, least_s, inner.least_bytes)
@@ -219,7 +219,7 @@ class Walk:
                 return False
             least_s = space.least_of(shape, zero, shards, schedule)
             least = self.objective.weight(least_s, outline.least_bytes, space.ranks)
-            families = plain_families(shape, zero, shards, schedule)
+            families = plain_families(shape, zero, shards, schedule) | set(space.choices)
             if self.bound:
                 families |= {("offload", word) for o in space.offloads for word in o}
                 worth_s = least_s * self.objective.worth_offloading

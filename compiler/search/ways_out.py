@@ -85,7 +85,7 @@ def ways_out(space: Space, smallest: Candidate) -> tuple[Way, ...]:
     Those that take no more devices first, and of these the fastest."""
     found = _other_pins(space)
     if not found:
-        found = _fewer_bytes(space) + _more_nodes(space)
+        found = _fewer_bytes(space.home(smallest)) + _more_nodes(space)
     found += _priced(_more_memory(space, smallest))
     return tuple(sorted(found, key=lambda way: (way.ranks, way.step_s)))
 
@@ -130,7 +130,7 @@ def _pinned(space: Space, pins: list[Constraint], key: str, change: str, span: S
         key=key,
         change=change,
         span=span,
-        spaces=space.pinned(Pins(tuple(pins))).by_nodes(),
+        spaces=space.pinned(Pins(tuple(pins))).apart(),
         objective=space.objective,
     )
 
@@ -154,7 +154,7 @@ def _more_memory(space: Space, smallest: Candidate) -> Iterator[Change]:
                 key="memory",
                 change=f"`memory = {size / GiB:.1f} GiB per gpu`",
                 span=budget.key_spans.get("memory", budget.span),
-                spaces=space.changed(budget=replace(budget, memory_bytes=size)).by_nodes(),
+                spaces=space.changed(budget=replace(budget, memory_bytes=size)).apart(),
                 objective=space.objective,
             )
 
@@ -169,7 +169,7 @@ def _fewer_bytes(space: Space) -> list[Way]:
             key="precision",
             change=f"`precision = {_call(call)}`",
             span=train.key_spans.get("precision", train.span),
-            spaces=other.by_nodes(),
+            spaces=other.apart(),
             objective=space.objective,
         )
         if (way := change.priced()) is not None:
@@ -205,8 +205,8 @@ def _call(call: Call) -> str:
 def _more_nodes(space: Space) -> list[Way]:
     """The fewest that are enough."""
     cluster = space.program.cluster
-    tried = [cluster.of(cluster.nodes * times) for times in MORE_NODES]
-    spaces = tuple(space.changed(cluster=more) for more in tried)
+    tried = (cluster.of(cluster.nodes * times) for times in MORE_NODES)
+    spaces = tuple(one for more in tried for one in space.changed(cluster=more).apart())
     fewest = Objective(Prefer.FEWEST_GPUS)
     found = best(spaces, fewest)
     if found is None:
@@ -217,7 +217,7 @@ def _more_nodes(space: Space) -> list[Way]:
         key="nodes",
         change=f"`nodes {relation} {nodes}`",
         span=cluster.nodes_span or cluster.span,
-        spaces=(space.changed(cluster=cluster.of(nodes)),),
+        spaces=space.changed(cluster=cluster.of(nodes)).apart(),
         objective=space.objective,
     )
     return _priced([change])

@@ -36,7 +36,7 @@ def limited(of: Program, **limits: float) -> Program:
 def every_fitting(of: Space) -> list[Candidate]:
     """With host memory or without, on every number of nodes."""
     found = []
-    for here in of.by_nodes():
+    for here in of.apart():
         more = here.with_offload()
         every = everything(here) + (everything(more) if more else [])
         found += [c for c in every if c.times is not None and here.in_time(c)]
@@ -51,10 +51,10 @@ SIZES = [False, pytest.param(True, marks=pytest.mark.long)]
 def test_the_best_of_all_is_found(prefer: Prefer, larger: bool) -> None:
     of = space(spec(prefer, 3, larger=larger))
     every, rank = every_fitting(of), of.objective.rank
-    walk = Walk(of.by_nodes(), of.objective)
+    walk = Walk(of.apart(), of.objective)
     walk.run()
     assert rank(walk.shortlist.candidates()[0]) == rank(every[0])
-    alone = best(of.by_nodes(), of.objective)
+    alone = best(of.apart(), of.objective)
     assert alone is not None and rank(alone) == rank(every[0])
     assert walk.considered <= len(every) or larger, "bounds leave something out"
     for family, found in walk.tally.best.items():
@@ -67,7 +67,7 @@ def test_preferences_differ() -> None:
     chosen = {}
     for prefer in Prefer:
         of = space(spec(prefer, 3, larger=True))
-        found = best(of.by_nodes(), of.objective)
+        found = best(of.apart(), of.objective)
         assert found is not None
         chosen[prefer] = found
     assert chosen[Prefer.FEWEST_GPUS].ranks < chosen[Prefer.THROUGHPUT].ranks
@@ -81,14 +81,14 @@ def test_preferences_differ() -> None:
 def test_a_deadline_is_kept(prefer: Prefer, larger: bool) -> None:
     """Halfway between the fastest run and the one that was chosen without a deadline."""
     free = space(spec(prefer, 3, larger=larger))
-    fastest = best(free.by_nodes(), Objective(Prefer.THROUGHPUT))
-    chosen = best(free.by_nodes(), free.objective)
+    fastest = best(free.apart(), Objective(Prefer.THROUGHPUT))
+    chosen = best(free.apart(), free.objective)
     assert fastest is not None and chosen is not None
     # the fastest itself, where that is chosen; played, its floats are summed in another order
     middle = (free.run_s(fastest) + free.run_s(chosen)) / 2 * (1 + 1e-9)
     of = space(limited(free.program, deadline_s=middle))
     every = every_fitting(of)
-    found = best(of.by_nodes(), of.objective)
+    found = best(of.apart(), of.objective)
     assert found is not None and of.objective.rank(found) == of.objective.rank(every[0])
     assert of.run_s(of.played(found)) <= middle
 

@@ -10,7 +10,7 @@ from llmspec.compiler.search.candidates import Candidate
 from llmspec.compiler.search.pareto import FASTEST, budgets, front, undominated
 from llmspec.compiler.search.space import Space
 from llmspec.compiler.search.tradeoffs import WhyNot, why_not
-from llmspec.dsl import SpecError, parse_plan_lines
+from llmspec.dsl import SpecError, program_under
 from llmspec.dsl.program import Prefer, Relation
 from tests.compiler.search.test_space import everything, space
 from tests.compiler.specs import GiB, cluster, llama, pin, program
@@ -69,7 +69,7 @@ def asked(text: str, **limits: float) -> tuple[Space, WhyNot]:
     of = space(spec())
     budget = replace(of.program.budget, **limits)
     made = replace(of.program, budget=budget)
-    found = why_not(made, of.chain.build, parse_plan_lines(text, made))
+    found = why_not(made, of.chain.build, program_under(text, made))
     assert isinstance(found, WhyNot)
     return of, found
 
@@ -99,8 +99,8 @@ def test_what_is_too_large_or_too_late() -> None:
     assert found.late and found.other.step_s is not None
     smallest = plain.chosen.peak_bytes
     of = space(spec(memory=smallest))
-    lines = parse_plan_lines("recompute = none, zero = 0, offload = none, data = 2", of.program)
-    larger = why_not(of.program, of.chain.build, lines)
+    under = program_under("recompute = none, zero = 0, offload = none, data = 2", of.program)
+    larger = why_not(of.program, of.chain.build, under)
     assert isinstance(larger, WhyNot)
     assert larger.other.step_s is None and larger.other.peak_bytes > smallest
 
@@ -108,4 +108,4 @@ def test_what_is_too_large_or_too_late() -> None:
 @pytest.mark.parametrize("text", ["tensor = 3", "tensor = 4; data = 1", "speed = 9", "tensor = ["])
 def test_what_cannot_be_is_refused_with_its_reason(text: str) -> None:
     with pytest.raises(SpecError):
-        parse_plan_lines(text, spec())
+        program_under(text, spec())
