@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from llmspec.compiler.orders import Schedule, stages_of
 
+ROUNDING = 1 - 1e-9
+"""Bounds are a little lower: a plan's price sums the same floats in another order."""
+
 
 def makespan_s(
     spent: Sequence[tuple[float, float]],
@@ -59,3 +62,33 @@ def least_span_s(
     ramps = (microbatches - 1 / interleave) * busy_s / ranks + (urgent - late) / interleave
     chain = urgent + (microbatches - 1) * urgent / stages
     return max(ramps, chain, microbatches * busy_s / ranks)
+
+
+def least_makespan_s(
+    spent: Sequence[tuple[float, float]],
+    again_s: Sequence[float],
+    microbatches: int,
+    *,
+    schedule: Schedule,
+    late_s: Sequence[float],
+) -> float:
+    """No step whose ranks compute at least so much longer has a shorter `makespan_s`, without
+    messages.
+
+    again_s: by rank, what each micro-batch's backwards on its stages take besides `spent`.
+        Whichever rank is the busiest in the end, it is at least as busy as the busiest is here.
+    """
+    stages, ranks = len(spent), len(again_s)
+    late = list(late_s) if schedule.splits else [0.0] * stages
+    both = [f + b for f, b in spent]
+    own = [stages_of(schedule, rank, stages, ranks) for rank in range(ranks)]
+    busiest = max(
+        sum(both[s] for s in mine) + more for mine, more in zip(own, again_s, strict=True)
+    )
+    part = ranks / stages
+    waits = sum(both) - 2 * sum(late) + sum(again_s)
+    least_late = min(sum(late[s] for s in mine) for mine in own)
+    ramps = (microbatches - part) * busiest + part * (waits + 2 * least_late)
+    urgent = [s - w for s, w in zip(both, late, strict=True)]
+    chain = sum(urgent) + late[0] + (microbatches - 1) * max(urgent)
+    return max(ramps, microbatches * busiest, chain)

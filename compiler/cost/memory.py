@@ -95,14 +95,11 @@ def ledger(stage: Stage, home: Residence, types: Types, machine: Machine) -> Led
     elements = home.parts.largest(stage.elements, stage.expert_elements)
     in_place = "gradients" in machine.fused
     peak = fullest(stage, home, types, backwards(stage, home, types, in_place))
-    held = round(machine.held_bytes * stage.elements + machine.part_bytes * elements)
-    if machine.bucket_elements:
-        held += types.reduced * (round(machine.bucket_elements) + stage.largest_elements)
-    if machine.spare_gradients:
-        held += types.compute * stage.spare_elements
     return Ledger(
         parameters=types.weights * elements,
-        gradients=peak.gradients + peak.beside.gradients + held,
+        gradients=peak.gradients
+        + peak.beside.gradients
+        + software_bytes(stage, home, types, machine),
         optimizer=types.moments * elements,
         activations=peak.activations,
         buffers=gathered_bytes(stage, home, types) + home.message_bytes + peak.buffers,
@@ -110,14 +107,15 @@ def ledger(stage: Stage, home: Residence, types: Types, machine: Machine) -> Led
     )
 
 
-def moving_bytes(stage: Stage, home: Residence, types: Types, machine: Machine) -> int:
-    """Of the peak of `ledger`, what blocks make and free: the rest is there whatever is computed
-    again."""
-    in_place = "gradients" in machine.fused
-    peak = fullest(stage, home, types, backwards(stage, home, types, in_place))
-    stays = 0 if home.first_is_fullest else peak.gradients
-    sent = stage.output_bytes if home.sends_on else 0
-    return peak.total - stays - round(home.in_flight * sent)
+def software_bytes(stage: Stage, home: Residence, types: Types, machine: Machine) -> int:
+    """Of gradients, what published software has beside the sums."""
+    elements = home.parts.largest(stage.elements, stage.expert_elements)
+    held = round(machine.held_bytes * stage.elements + machine.part_bytes * elements)
+    if machine.bucket_elements:
+        held += types.reduced * (round(machine.bucket_elements) + stage.largest_elements)
+    if machine.spare_gradients:
+        held += types.compute * stage.spare_elements
+    return held
 
 
 def gradient_bytes(stage: Stage, home: Residence, types: Types) -> int:

@@ -130,7 +130,7 @@ def device_ledger(
     if OPTIMIZER in offload or PARAMETERS in offload:
         left = replace(left, optimizer=0)
     if PARAMETERS in offload:
-        arriving = _passing_bytes(stage, home, types) if machine.pinned else 0
+        arriving = arriving_bytes(stage, home, types) if machine.pinned else 0
         left = replace(left, parameters=0, gradients=0, buffers=left.buffers + arriving)
     if ACTIVATIONS in offload:
         peak = peak_of(stage, home, types, machine, offload)
@@ -142,7 +142,7 @@ def device_ledger(
     return left
 
 
-def _passing_bytes(stage: Stage, home: Residence, types: Types) -> int:
+def arriving_bytes(stage: Stage, home: Residence, types: Types) -> int:
     """A unit's stored part on its way to be gathered, and a reduced one on its way out."""
     largest, _ = stage.largest_units(home.gathers_experts)
     return (types.weights + types.gradients) * -(-largest // home.shards)

@@ -100,11 +100,13 @@ def _bytes(held: Held, alive: Sequence[int], late: Sequence[int]) -> int:
     return forwards + sum(n * size for n, size in zip(held.late, late, strict=True))
 
 
-def fullest(found: Sequence[Holder]) -> list[Holder]:
-    """Of ranks that run equal stages, the one that holds most."""
-    by_stages: dict[tuple[Stage, bool, bool], Holder] = {}
+def fullest(found: Sequence[Holder], microbatches: int) -> list[Holder]:
+    """Of ranks that run equal stages, the one that holds most: of those that have all micro-batches
+    in flight at once, which find no gradients yet, and of the others."""
+    by_stages: dict[tuple[Stage, bool, bool, bool], Holder] = {}
     for holder in found:
-        key = (holder.stage, holder.sends_on, holder.receives)
+        every = holder.in_flight >= microbatches
+        key = (holder.stage, holder.sends_on, holder.receives, every)
         known = by_stages.get(key)
         if known is None or holder.in_flight > known.in_flight:
             by_stages[key] = holder

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from torch import fx
 
@@ -120,7 +121,16 @@ class Flow:
 
     def kept_values(self) -> set[str]:
         """What autograd keeps when nothing is dropped."""
-        return {v for s in self.steps.values() for v in s.keeps}
+        return {value for value, names in self.keepers.items() if names}
+
+    @cached_property
+    def keepers(self) -> dict[str, list[str]]:
+        """The steps that keep each value for their backward."""
+        found: dict[str, list[str]] = {value: [] for value in self.values()}
+        for step in self.steps.values():
+            for value in step.keeps:
+                found[value].append(step.name)
+        return found
 
     def needed(self, chosen: Collection[str]) -> set[str]:
         """Of the chosen operators those that the backward asks for: for what they keep besides,
@@ -233,7 +243,7 @@ class Flow:
     def _backward(self, runs: set[str], kept: set[str]) -> tuple[int, Moments]:
         """The most bytes of kept and recomputed values at once, step by step backward, as
         `runtime/recompute.py` makes and drops them; and the moments with what operators need."""
-        readers = {v: {s.name for s in self.steps.values() if v in s.keeps} for v in self.values()}
+        readers = {value: set(names) for value, names in self.keepers.items()}
         for name in runs:  # what runs again holds what it reads until it has run
             for value in self.steps[name].reads:
                 readers[value].add(f"again {name}")

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from llmspec.compiler.cost.closed import least_span_s
+from llmspec.compiler.cost.closed import ROUNDING, least_span_s
+from llmspec.compiler.cost.data import GATHER, data_cost, sent_s, units_of
 from llmspec.compiler.cost.offload import (
     ACTIVATIONS,
     OPTIMIZER,
     PARAMETERS,
     Offload,
     away_bytes,
+    update_s,
 )
 from llmspec.compiler.cost.stage import Stage
+from llmspec.compiler.cost.step import optimizer_s
 from llmspec.compiler.schedules import Schedule
-from llmspec.compiler.search.candidates import Outline, Sketch
+from llmspec.compiler.search.candidates import Outline, Sharing, Sketch, Turn
 from llmspec.compiler.search.meshes import Grid
 from llmspec.compiler.search.options import TensorOption
 from llmspec.compiler.search.pins import Recompute
 from llmspec.compiler.search.ranges import Ranges
 from llmspec.compiler.search.repeats import Repeats
 from llmspec.compiler.search.stages import evenest, freed_span_s
-
-ROUNDING = 1 - 1e-9
-"""Bounds are a little lower: a plan's price sums the same floats in another order."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Bounds:
             microbatch=size,
             microbatches=count,
             recompute=recompute,
-            least_s=self._even_span_s(whole, grid.pipeline, count),
+            least_s=self._even_span_s(whole.busy_s, whole.late_s, grid.pipeline, count),
             least_bytes=self._outline_bytes(sketch, whole, kept),
             least_whole_bytes=fixed + (of_one * whole.elements + kept) / grid.pipeline,
             busy_s=whole.busy_s,
@@ -77,14 +77,97 @@ class Bounds:
         )
         return max(outline.least_s, span)
 
-    def _even_span_s(self, whole: Stage, pipeline: int, microbatches: int) -> float:
+    def sharing(self, outline: Outline, zero: int, shards: int) -> Sharing:
+        least_bytes = self.shared_bytes(outline, zero, shards)
+        least_s, busy_s, end_s = outline.least_s, outline.busy_s, 0.0
+        if least_bytes <= self.budget_bytes:
+            busy_s, end_s = self._shared_s(outline, zero, shards)
+            least_s = max(least_s, self._least_s(outline, zero, shards, busy_s) + end_s)
+        return Sharing(
+            outline=outline,
+            zero=zero,
+            shards=shards,
+            least_s=ROUNDING * least_s,
+            least_bytes=least_bytes,
+            busy_s=busy_s,
+            end_s=end_s,
+        )
+
+    def turn(self, sharing: Sharing, interleave: int, schedule: Schedule, offload: Offload) -> Turn:
+        outline, grid = sharing.outline, sharing.outline.grid
+        span_s = outline.microbatches * sharing.busy_s
+        if grid.pipeline > 1:
+            span_s = _span_s(
+                sharing.busy_s,
+                outline.late_s,
+                outline.microbatches,
+                schedule=schedule,
+                ranks=grid.pipeline,
+                interleave=interleave,
+            )
+        update_s = self._update_s(outline, sharing.zero, sharing.shards, offload)
+        return Turn(
+            sharing=sharing,
+            interleave=interleave,
+            schedule=schedule,
+            offload=offload,
+            least_s=max(sharing.least_s, ROUNDING * (span_s + sharing.end_s + update_s)),
+        )
+
+    def _shared_s(self, outline: Outline, zero: int, shards: int) -> tuple[float, float]:
+        """Of an outline's plans that shard so: (a micro-batch on the whole chain, with what it does
+        besides and the gathers that computing forward does not hide; what a step takes besides but
+        for the update). A stage has at least the mean of each; what comes backward may hide behind
+        what is computed again."""
+        grid, types, machine = outline.grid, self.types, self.machine
+        whole = self.repeats.whole(outline.option, outline.microbatch, outline.recompute)
+        groups = self.repeats.pricing.groups(grid.mesh(shards))
+        data = data_cost(whole, zero, outline.microbatches, groups, types, machine)
+        opening = 0.0
+        if zero and grid.pipeline > 1:
+            units = units_of(whole)
+            opening = max((sent_s(GATHER, types.compute, u, groups) for u in units), default=0.0)
+        busy_s = whole.busy_s + data.weights_forward_s + data.weights_backward_s
+        busy_s += max(0.0, data.forward_s - opening)
+        return busy_s, max(0.0, data.first_s - opening) / grid.pipeline
+
+    def _update_s(self, outline: Outline, zero: int, shards: int, offload: Offload) -> float:
+        """Of the optimizer on the rank that has most of the weights, without the link to a host."""
+        grid = outline.grid
+        whole = self.repeats.whole(outline.option, outline.microbatch, outline.recompute)
+        held = grid.parts(zero, shards).largest(whole.elements, whole.expert_elements)
+        held //= grid.pipeline
+        on_host = update_s(held, self.types, self.machine, offload)
+        return on_host[0] if on_host else optimizer_s(held, self.types, self.machine)
+
+    def _least_s(self, outline: Outline, zero: int, shards: int, busy_s: float) -> float:
+        """Under whichever schedule, and whatever is in host memory."""
+        grid, machine = outline.grid, self.machine
+        pipeline, count = grid.pipeline, outline.microbatches
+        span_s = self._even_span_s(busy_s, outline.late_s, pipeline, count)
+        if outline.recompute is Recompute.SELECTIVE and not self._leaves(ACTIVATIONS):
+            stored, kept = self._shared_stored(outline, zero, shards)
+            freed_s = freed_span_s(
+                busy_s=busy_s,
+                kept=kept,
+                stored=stored,
+                budget=self.budget_bytes - machine.fixed_bytes,
+                s_per_byte=lambda: self._cheapest_s(outline.option, outline.microbatch),
+                pipeline=pipeline,
+                microbatches=count,
+            )
+            span_s = max(span_s, freed_s)
+        updates = (self._update_s(outline, zero, shards, offload) for offload in self.offloads)
+        return span_s + min(updates)
+
+    def _even_span_s(self, busy_s: float, late_s: float, pipeline: int, microbatches: int) -> float:
         """No cut under any schedule has a shorter step."""
         if pipeline == 1:
-            return microbatches * whole.busy_s
+            return microbatches * busy_s
         spans = (
             _span_s(
-                whole.busy_s,
-                whole.late_s,
+                busy_s,
+                late_s,
                 microbatches,
                 schedule=schedule,
                 ranks=pipeline,
@@ -152,6 +235,12 @@ class Bounds:
 
     def shared_bytes(self, outline: Outline, zero: int, shards: int) -> float:
         """Of an outline's plans that shard so."""
+        stored, kept = self._shared_stored(outline, zero, shards)
+        flying = evenest(stored, kept, outline.grid.pipeline, outline.microbatches)
+        return self.machine.fixed_bytes + flying
+
+    def _shared_stored(self, outline: Outline, zero: int, shards: int) -> tuple[float, int]:
+        """(bytes of all stages that are there once, and for each micro-batch in flight)."""
         grid, types = outline.grid, self.types
         whole = self.repeats.fewest(outline.option, outline.microbatch, outline.recompute)
         of_one, kept = self._least_kept(whole)
@@ -165,8 +254,7 @@ class Bounds:
             parted = zero > 0 and outline.microbatches > grid.pipeline
             stored += types.gradients * (shared if summed else part if parted else 0)
             stored += types.compute * shared if zero in (1, 2) else 0
-        flying = evenest(stored, kept, grid.pipeline, outline.microbatches)
-        return self.machine.fixed_bytes + flying
+        return stored, kept
 
     def _stored_bytes(self, grid: Grid, whole: Stage) -> float:
         """Of all stages, once, on a rank that shares with as many others as there are."""

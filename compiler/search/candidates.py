@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 from llmspec.compiler.cost.memory import Ledger
 from llmspec.compiler.cost.offload import NO_HOST, HostLedger, Offload
@@ -67,6 +68,31 @@ class Outline:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sharing:
+    """An outline whose data ranks share in one way. Bounds as in Outline. busy_s: with what sharing
+    adds to a micro-batch; end_s: what a step takes besides."""
+
+    outline: Outline
+    zero: int
+    shards: int
+    least_s: float
+    least_bytes: float
+    busy_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """A sharing under one schedule, with so many stages on a rank, before these are cut."""
+
+    sharing: Sharing
+    interleave: int
+    schedule: Schedule
+    offload: Offload
+    least_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """What a candidate's stages depend on: all but how the data ranks share."""
 
@@ -76,6 +102,38 @@ class Shape:
     microbatches: int
     recompute: Recompute
     cut: Cut
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """A plan before it is known what its blocks compute again."""
+
+    shape: Shape
+    zero: int
+    shards: int
+    schedule: Schedule
+    offload: Offload = ()
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Options are known by their ids: whoever makes them keeps them."""
+        shape = self.shape
+        made = (id(shape.option), shape.grid, shape.microbatch, shape.recompute, shape.cut)
+        return *made, self.zero, self.shards, self.schedule, self.offload
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """What no plan of a way undercuts. least_s: of a step. missing_bytes: by how much the fullest
+    rank is too large at the least, not positive where it may fit; bare_missing_bytes: with nothing
+    computed again. host_bytes: of host memory, of the rank that has most there; bare_host_bytes as
+    before."""
+
+    least_s: float
+    missing_bytes: float = -inf
+    bare_missing_bytes: float = -inf
+    host_bytes: float = 0.0
+    bare_host_bytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from llmspec.compiler.schedules import Schedule
-from llmspec.compiler.search.candidates import Candidate, Family, Outline, Shape
+from llmspec.compiler.search.candidates import Candidate, Family, Outline, Shape, Turn, Way
 from llmspec.compiler.search.objective import Objective, Weight
 from llmspec.compiler.search.pins import Recompute
 from llmspec.compiler.search.space import Space
@@ -35,16 +34,27 @@ PATIENCE = 24
 
 
 def families_of(found: Candidate) -> tuple[Family, ...]:
-    shape, mesh = found.shape, found.mesh
+    way = Way(
+        shape=found.shape,
+        zero=found.zero,
+        shards=found.shards,
+        schedule=found.schedule,
+        offload=found.offload,
+    )
+    return (*families_at(way), *found.choices)
+
+
+def families_at(way: Way) -> tuple[Family, ...]:
+    shape = way.shape
     names = list(shape_families(shape))
-    names.append(("zero", str(found.zero)))
-    if mesh.pipeline > 1:
-        names.append(("schedule", str(found.schedule)))
-        names.append(("interleave", str(found.interleave)))
-    if found.zero:
-        names.append(("sharding", "hybrid" if mesh.shards < mesh.data else "full"))
-    names += [("offload", word) for word in found.offload or ("none",)]
-    return (*names, *found.choices)
+    names.append(("zero", str(way.zero)))
+    if shape.grid.pipeline > 1:
+        names.append(("schedule", str(way.schedule)))
+        names.append(("interleave", str(len(shape.cut) // shape.grid.pipeline)))
+    if way.zero:
+        names.append(("sharding", "hybrid" if way.shards < shape.grid.data else "full"))
+    names += [("offload", word) for word in way.offload or ("none",)]
+    return tuple(names)
 
 
 def shape_families(shape: Shape | Outline) -> tuple[Family, ...]:
@@ -66,15 +76,21 @@ def shape_families(shape: Shape | Outline) -> tuple[Family, ...]:
     return tuple(names)
 
 
-def plain_families(shape: Shape, zero: int, shards: int, schedule: Schedule) -> set[Family]:
-    """Of a plan with nothing in host memory, but for those that are not looked for."""
-    names = {f for f in shape_families(shape) if f[0] not in SEEN}
-    names.add(("zero", str(zero)))
-    if zero:
-        names.add(("sharding", "hybrid" if shards < shape.grid.data else "full"))
-    if shape.grid.pipeline > 1:
-        interleave = len(shape.cut) // shape.grid.pipeline
-        names |= {("schedule", str(schedule)), ("interleave", str(interleave))}
+def plain_families(way: Way) -> set[Family]:
+    """Of a plan: those that its outline was opened for, and those that are not looked for."""
+    return {f for f in families_at(way) if f != ("offload", "none")}
+
+
+def turn_families(turn: Turn) -> set[Family]:
+    """As `plain_families`, of the plans under one schedule."""
+    sharing = turn.sharing
+    grid = sharing.outline.grid
+    names = set(shape_families(sharing.outline))
+    names.add(("zero", str(sharing.zero)))
+    if sharing.zero:
+        names.add(("sharding", "hybrid" if sharing.shards < grid.data else "full"))
+    if grid.pipeline > 1:
+        names |= {("schedule", str(turn.schedule)), ("interleave", str(turn.interleave))}
     return names
 
 

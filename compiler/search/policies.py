@@ -11,18 +11,16 @@ from functools import partial
 
 import numpy as np
 
+from llmspec.compiler.cost.floors import beside_bytes, standing_bytes
 from llmspec.compiler.cost.fused import Computing, computing
 from llmspec.compiler.cost.hardware import Machine
 from llmspec.compiler.cost.memory import (
     Residence,
     cast_bytes,
     gradient_bytes,
-    moving_bytes,
-    passing,
-    working_bytes,
 )
 from llmspec.compiler.cost.moments import fullest_of
-from llmspec.compiler.cost.offload import ACTIVATIONS, Offload, ledgers
+from llmspec.compiler.cost.offload import ACTIVATIONS, PARAMETERS, Offload, away_bytes, ledgers
 from llmspec.compiler.cost.recompute import Again, Flow, Operators, flow_of
 from llmspec.compiler.cost.stage import Run, Stage
 from llmspec.compiler.cost.types import Types
@@ -189,13 +187,15 @@ class Policies:
         microbatch: int,
         counts: Mapping[str, int],
         casts: Mapping[str, int],
+        *,
+        away: bool = False,
     ) -> Mixtures:
         """Of the blocks of one stage: how many of each unit, and the bytes of a block's cast
-        weights that autograd keeps."""
-        key = (id(option), microbatch, tuple(counts.items()), tuple(casts.items()))
+        weights that autograd keeps. away: what they keep waits in host memory."""
+        key = (id(option), microbatch, tuple(counts.items()), tuple(casts.items()), away)
         if key not in self.mixtures:
             units = tuple(
-                _Choices(name, count, self.choices(option, microbatch, name), casts[name])
+                _Choices(name, count, self.choices(option, microbatch, name), casts[name], away)
                 for name, count in counts.items()
             )
             self.mixtures[key] = Mixtures(units)
@@ -204,12 +204,14 @@ class Policies:
 
 @dataclass(frozen=True, slots=True)
 class _Choices:
-    """Of one unit's `count` blocks in a stage, with the bytes of its cast weights."""
+    """Of one unit's `count` blocks in a stage, with the bytes of its cast weights. away: see
+    `Policies.mix`."""
 
     unit: str
     count: int
     found: list[Again]
     cast_bytes: int
+    away: bool
 
     def kept(self, again: Again) -> int:
         return again.kept_bytes + (self.cast_bytes if again.keeps_casts else 0)
@@ -217,6 +219,10 @@ class _Choices:
     def returning(self, again: Again) -> int:
         moving = again.working_bytes + fullest_of(again.moments, 0)
         return moving + (0 if again.keeps_casts else self.cast_bytes)
+
+    def leaving(self, again: Again) -> int:
+        """Of those kept, what waits in host memory."""
+        return again.away_bytes if self.away else 0
 
     def worthwhile(self) -> list[Again]:
         """Those that no other beats, from the most bytes kept to the fewest."""
@@ -239,24 +245,28 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """Mixtures: seconds and kept bytes of one micro-batch, and the most bytes at once as the blocks
-    go backward (of a single unit's blocks; else what is kept). rows: of each unit, the places of
-    its choices for the first and the other blocks, and how many the first are."""
+    """Mixtures: seconds and kept bytes of one micro-batch, those of them that stay on the device,
+    and the most bytes there at once as the blocks go backward (of a single unit's blocks; else what
+    stays). rows: of each unit, the places of its choices for the first and the other blocks, and
+    how many the first are."""
 
     seconds: np.ndarray
     kept: np.ndarray
+    stays: np.ndarray
     most: np.ndarray
     rows: np.ndarray
 
     def take(self, order: np.ndarray) -> _Table:
-        return _Table(self.seconds[order], self.kept[order], self.most[order], self.rows[order])
+        numbers = (self.seconds, self.kept, self.stays, self.most, self.rows)
+        return _Table(*(column[order] for column in numbers))
 
     def times(self, other: _Table) -> _Table:
         seconds = (self.seconds[:, None] + other.seconds[None, :]).ravel()
         kept = (self.kept[:, None] + other.kept[None, :]).ravel()
+        stays = (self.stays[:, None] + other.stays[None, :]).ravel()
         left = np.repeat(self.rows, len(other.rows), axis=0)
         right = np.tile(other.rows, (len(self.rows), 1, 1))
-        return _Table(seconds, kept, kept, np.concatenate([left, right], axis=1))
+        return _Table(seconds, kept, stays, stays, np.concatenate([left, right], axis=1))
 
     def not_beaten(self) -> _Table:
         """The fewest bytes at each time."""
@@ -269,20 +279,24 @@ class _Table:
 def _mixtures_of(own: _Choices, found: list[Again]) -> _Table:
     seconds = np.array([a.whole_s for a in found])
     kept = np.array([own.kept(a) for a in found], dtype=float)
-    back = np.array([own.returning(a) for a in found], dtype=float)
+    away = np.array([own.leaving(a) for a in found], dtype=float)
+    stay, back = kept - away, away + np.array([own.returning(a) for a in found])
     count = np.arange(own.count)
     more, less, first = np.meshgrid(np.arange(len(found)), np.arange(len(found)), count)
     # the same for all is one choice, with none of it first
     open_ = ((less > more) & (first > 0)) | ((less == more) & (first == 0))
     more, less, first = more[open_], less[open_], first[open_]
     rest = own.count - first
-    early = first * kept[less]
-    most = early + rest * kept[more] + back[more]
-    most = np.where(first > 0, np.maximum(most, early + back[less]), most)
+    early = first * stay[less]
+    # as a block goes backward, the one before it comes back
+    coming = np.where(rest > 1, away[more], np.where(first > 0, away[less], 0))
+    most = early + rest * stay[more] + back[more] + coming
+    sooner = early + back[less] + np.where(first > 1, away[less], 0)
     return _Table(
         first * seconds[less] + rest * seconds[more],
-        early + rest * kept[more],
-        most,
+        first * kept[less] + rest * kept[more],
+        early + rest * stay[more],
+        np.where(first > 0, np.maximum(most, sooner), most),
         np.stack([less, first, more], axis=1)[:, None, :],
     )
 
@@ -318,12 +332,12 @@ class Mixtures:
     def within(
         self, in_flight: float, kept_bytes: float, most_bytes: float, *, some: bool
     ) -> Iterator[tuple[Split, ...]]:
-        """Those that may fit, the fastest first: `in_flight` micro-batches keep at most kept_bytes,
-        and in the last one's backward there are at most most_bytes. `some`: something must run
-        again."""
+        """Those that may fit, the fastest first: of `in_flight` micro-batches stay at most
+        kept_bytes, and in the last one's backward there are at most most_bytes. `some`: something
+        must run again."""
         table = self.table
-        fits = in_flight * table.kept <= kept_bytes
-        fits &= (in_flight - 1) * table.kept + table.most <= most_bytes
+        fits = in_flight * table.stays <= kept_bytes
+        fits &= (in_flight - 1) * table.stays + table.most <= most_bytes
         for place in np.flatnonzero(fits)[: TRIES + 1]:
             if not (some and table.seconds[place] == 0.0):
                 yield self._splits(table.rows[place])
@@ -369,8 +383,7 @@ def fitting(
     """
     types, machine = policies.types, policies.machine
     nothing: Chosen = ((),) * len(blocks)
-    total = ledgers(bare, home, types, machine, offload)[0].total
-    if not some and total <= budget_bytes:
+    if not some and ledgers(bare, home, types, machine, offload)[0].total <= budget_bytes:
         return nothing
     counts = Counter(name for name in blocks if name)
     if not counts:
@@ -378,24 +391,26 @@ def fitting(
     casts = cast_bytes(home, types)
     of_each = bare.named_runs(blocks)  # "" for what stands alone
     weights = {name: run.cast_kept_bytes(*casts) for name, run in of_each if name}
-    mixtures = policies.mix(option, microbatch, counts, weights)
-    kept_bytes = most_bytes = math.inf
-    if ACTIVATIONS in offload:  # only the ledger knows what stays
+    away = ACTIVATIONS in offload
+    mixtures = policies.mix(option, microbatch, counts, weights, away=away)
+    if away:
         runs = tuple(replace(r, recompute=mixtures.least[n]) if n else r for n, r in of_each)
         least = Stage(runs, bare.tied_elements)
         if ledgers(least, home, types, machine, offload)[0].total > budget_bytes:
             return None
-    else:
-        spare = budget_bytes - total + moving_bytes(bare, home, types, machine)
-        beside = _beside(bare, home, types, machine, mixtures.returning.get(of_each[-1][0]))
-        kept_bytes, most_bytes = _limits(of_each, home, casts, spare, beside)
-        if home.first_is_fullest and home.microbatches > 1:
-            # the backward after the first finds all gradients, and one micro-batch less
-            sent = bare.output_bytes if home.sends_on else 0
-            spare += sent - gradient_bytes(bare, home, types)
-            fewer = replace(home, in_flight=home.in_flight - 1)
-            kept, _ = _limits(of_each, fewer, casts, spare, beside)
-            kept_bytes = min(kept_bytes, kept * home.in_flight / fewer.in_flight)
+    spare = budget_bytes - standing_bytes(bare, home, types, machine, offload)
+    block = mixtures.returning.get(of_each[-1][0])
+    beside = beside_bytes(bare, home, types, machine, offload, block)
+    kept_bytes, most_bytes = _limits(of_each, home, casts, spare, beside, away)
+    if home.first_is_fullest and home.microbatches > 1 and PARAMETERS not in offload:
+        # the backward after the first finds all gradients, and one micro-batch less
+        sent = bare.output_bytes if home.sends_on else 0
+        spare += sent - gradient_bytes(bare, home, types)
+        fewer = replace(home, in_flight=home.in_flight - 1)
+        kept, _ = _limits(of_each, fewer, casts, spare, beside, away)
+        kept_bytes = min(kept_bytes, kept * home.in_flight / fewer.in_flight)
+    if away and not _adjoin(of_each):
+        most_bytes = math.inf
     for splits in mixtures.within(home.in_flight, kept_bytes, most_bytes, some=some):
         pick = dict(zip(mixtures.units, splits, strict=True))
         made = _mixed(of_each, pick, partial(policies.again, option, microbatch))
@@ -403,6 +418,14 @@ def fitting(
         if ledgers(stage, home, types, machine, offload)[0].total <= budget_bytes:
             return mixtures.spread(splits, blocks)
     return None
+
+
+def _adjoin(runs: list[tuple[str, Run]]) -> bool:
+    """Whether a block comes back from host memory while the one behind it goes backward: nothing
+    stands between blocks, nor a block at the chain's ends, where it never leaves."""
+    places = [place for place, (name, _) in enumerate(runs) if name]
+    together = len(places) == places[-1] - places[0] + 1
+    return together and all(run.block for name, run in runs if name)
 
 
 def _mixed(
@@ -429,28 +452,20 @@ def _mixed(
     return tuple(out)
 
 
-def _beside(
-    bare: Stage, home: Residence, types: Types, machine: Machine, block: int | None
-) -> tuple[int, int]:
-    """Bytes beside what is kept as the backward begins, and the least as any unit's goes on.
-    `block`: the least with the backward of the last unit, if that is one that may run again."""
-    around = passing(bare, home, types, "gradients" in machine.fused)
-    if block is None:
-        block = working_bytes(bare.runs[-1], home, types, cast_bytes(home, types), 0)
-    all_of = [during.total for uses in around for during, _ in uses.values()]
-    return block + around[0][0][0].total, min(all_of)
-
-
 def _limits(
     runs: list[tuple[str, Run]],
     home: Residence,
     casts: tuple[int, int],
     spare: int,
     beside: tuple[int, int],
+    away: bool,
 ) -> tuple[float, float]:
-    """What all micro-batches in flight may keep of blocks, and how much there may be of blocks in
-    the last one's backward. Both are needed; the ledger has the last word."""
-    alone = [0 if name else run.count * run.kept_bytes(*casts) for name, run in runs]
+    """What may stay of blocks of all micro-batches in flight, and how much there may be of blocks
+    in the last one's backward. Both are needed; the ledger has the last word."""
+    alone = [
+        0 if name else run.count * (run.kept_bytes(*casts) - (away_bytes(run) if away else 0))
+        for name, run in runs
+    ]
     first = next(i for i, (name, _) in enumerate(runs) if name)
     before = sum(alone[:first])
     kept = spare - home.in_flight * sum(alone) - beside[0]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from llmspec.compiler.cost.closed import makespan_s
+from llmspec.compiler.cost.closed import least_makespan_s, makespan_s
 from llmspec.compiler.cost.data import DataCost, DataGroups, added, data_cost
 from llmspec.compiler.cost.hardware import Machine
 from llmspec.compiler.cost.memory import Ledger, Residence
@@ -17,7 +18,14 @@ from llmspec.compiler.cost.network import (
     send_s,
     shards_group,
 )
-from llmspec.compiler.cost.offload import HostLedger, Offload, host_cost, ledgers
+from llmspec.compiler.cost.offload import (
+    ACTIVATIONS,
+    PARAMETERS,
+    HostLedger,
+    Offload,
+    host_cost,
+    ledgers,
+)
 from llmspec.compiler.cost.rank import Holder, fullest, holders, run_by_ranks
 from llmspec.compiler.cost.stage import Stage
 from llmspec.compiler.cost.step import Step, Times, durations, stage_work, step_times, tail
@@ -38,6 +46,8 @@ class Pricing:
     runs: dict[tuple[object, ...], list[Stage]] = field(default_factory=dict)
     held: dict[tuple[object, ...], list[Holder]] = field(default_factory=dict)
     most: dict[tuple[object, ...], list[Holder]] = field(default_factory=dict)
+    meshes: dict[MeshSizes, DataGroups] = field(default_factory=dict)
+    data: dict[tuple[object, ...], DataCost] = field(default_factory=dict)
 
     # -- memory
 
@@ -58,7 +68,8 @@ class Pricing:
     ) -> list[Holder]:
         key = _held_key(shape, stages, zero, schedule)
         if key not in self.most:
-            self.most[key] = fullest(self.holders(shape, stages, zero, schedule))
+            found = self.holders(shape, stages, zero, schedule)
+            self.most[key] = fullest(found, shape.microbatches)
         return self.most[key]
 
     def residence(self, shape: Shape, zero: int, shards: int) -> Residence:
@@ -126,6 +137,24 @@ class Pricing:
             found.append(made[key])
         return found
 
+    def groups(self, mesh: MeshSizes) -> DataGroups:
+        if mesh not in self.meshes:
+            self.meshes[mesh] = DataGroups(
+                shards=shards_group(mesh, self.machine),
+                replicas=axis_group("replicas", mesh, self.machine),
+                data=data_group(mesh, self.machine),
+                experts=expert_data_group(mesh, self.machine),
+            )
+        return self.meshes[mesh]
+
+    def _data_cost(
+        self, stage: Stage, zero: int, microbatches: int, groups: DataGroups
+    ) -> DataCost:
+        key = (id(stage), zero, microbatches, groups)
+        if key not in self.data:
+            self.data[key] = data_cost(stage, zero, microbatches, groups, self.types, self.machine)
+        return self.data[key]
+
     def data_costs(
         self,
         shape: Shape,
@@ -134,19 +163,10 @@ class Pricing:
         shards: int,
         offload: Offload = (),
     ) -> list[DataCost]:
-        mesh = shape.grid.mesh(shards)
-        groups = DataGroups(
-            shards=shards_group(mesh, self.machine),
-            replicas=axis_group("replicas", mesh, self.machine),
-            data=data_group(mesh, self.machine),
-            experts=expert_data_group(mesh, self.machine),
-        )
+        groups = self.groups(shape.grid.mesh(shards))
         distinct = {id(s): s for s in stages}.values()
-        made = {
-            id(s): data_cost(s, zero, shape.microbatches, groups, self.types, self.machine)
-            for s in distinct
-        }
-        if offload:
+        made = {id(s): self._data_cost(s, zero, shape.microbatches, groups) for s in distinct}
+        if ACTIVATIONS in offload or PARAMETERS in offload:
             parts = shape.grid.parts(zero, shards)
             for s in distinct:
                 link = host_cost(s, groups, parts, self.types, self.machine, offload)
@@ -187,6 +207,56 @@ class Pricing:
             for s, d in zip(own, own_data, strict=True)
         ]
         return step_times(own, own_data, tails, count, span, held * len(stages) / ranks)
+
+    def least_s(
+        self,
+        shape: Shape,
+        stages: list[Stage],
+        zero: int,
+        shards: int,
+        schedule: Schedule,
+        offload: Offload,
+        again_s: Sequence[float],
+    ) -> float:
+        """No plan of these stages whose ranks compute at least so much again in each micro-batch
+        has a shorter step by the closed form.
+
+        Computing longer hides more of what a stage sends: of a backward that is no more than all
+        its exposed seconds, once a step no more than that for each of its reductions.
+        """
+        data = self.data_costs(shape, stages, zero, shards, offload)
+        mesh, parts = shape.grid.mesh(shards), shape.grid.parts(zero, shards)
+        sending = self._message_s(stages, mesh)
+        held = self._held_s(sending)
+        spent = [(f + held, b + held) for f, b in map(durations, stages, data)]
+        own = self.by_ranks(shape, stages, schedule)
+        own_data = self.rank_data_costs(shape, data, schedule)
+        longer = [
+            max(0.0, more - d.backward_s - d.host_backward_s)
+            for more, d in zip(again_s, own_data, strict=True)
+        ]
+        late = [s.late_s for s in stages]
+        count = shape.microbatches
+        span = least_makespan_s(spent, longer, count, schedule=schedule, late_s=late)
+        shared = self.shared_weights(stages, mesh, parts.shared, schedule)
+        sums = 2 if zero == 1 else 1
+        ends: dict[tuple[int, int, float], float] = {}
+        for stage, cost, more in zip(own, own_data, again_s, strict=True):
+            key = (id(stage), id(cost), more)
+            if key not in ends:
+                end = tail(
+                    stage,
+                    cost,
+                    parts,
+                    shape.option.where,
+                    shared[1],
+                    self.types,
+                    self.machine,
+                    offload,
+                )
+                hidden = sums * more if sums <= count else cost.last_s
+                ends[key] = end.total - min(cost.last_s, hidden)
+        return span + 2 * (len(stages) - 1) * sending + max(ends.values())
 
     def step(
         self,

@@ -13,6 +13,7 @@ from llmspec.compiler.plan import EVERYTHING
 from llmspec.compiler.schedules import Schedule, stages_of
 from llmspec.compiler.search.candidates import Shape
 from llmspec.compiler.search.chain import Chain
+from llmspec.compiler.search.floors import Floor, Floors
 from llmspec.compiler.search.options import TensorOption
 from llmspec.compiler.search.pins import Pins, Recompute
 from llmspec.compiler.search.policies import Chosen, fitting
@@ -28,6 +29,10 @@ class Repeats:
     budget_bytes: int
     of_all: dict[tuple[int, int, Recompute], Chosen] = field(default_factory=dict)
     choices: dict[tuple[object, ...], Chosen | None] = field(default_factory=dict)
+    made: dict[tuple[object, ...], list[Stage]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.floors = Floors(self.chain, self.pricing, self.budget_bytes)
 
     def alike(self, option: TensorOption, microbatch: int, recompute: Recompute) -> Chosen:
         """Of the whole chain where all blocks do the same; nothing where each has its own
@@ -72,6 +77,30 @@ class Repeats:
             for start, stop in shape.cut
         ]
 
+    def alike_stages(self, shape: Shape, recompute: Recompute) -> list[Stage]:
+        """The stages of a shape whose blocks all do the same: one list for each way to cut."""
+        option, size = shape.option, shape.microbatch
+        key = (id(option), size, recompute, shape.cut)
+        if key not in self.made:
+            self.made[key] = self.stages(shape, self.alike(option, size, recompute))
+        return self.made[key]
+
+    def floor(
+        self, shape: Shape, zero: int, shards: int, schedule: Schedule, offload: Offload
+    ) -> Floor:
+        """Of the plans that differ in what they compute again alone. Operators that a spec lists
+        may free bytes that no choice of the search does."""
+        bare = self.alike_stages(shape, Recompute.NONE)
+        free = shape.recompute is Recompute.LISTED
+        return self.floors.of(shape, bare, zero, shards, schedule, offload, free=free)
+
+    def missing(
+        self, shape: Shape, zero: int, shards: int, schedule: Schedule, offload: Offload
+    ) -> float:
+        """Bytes by which a plan whose blocks compute everything again is too large at the least."""
+        stages = self.alike_stages(shape, Recompute.FULL)
+        return self.floors.missing(shape, stages, zero, shards, schedule, offload)
+
     def chosen(
         self, shape: Shape, zero: int, shards: int, schedule: Schedule, offload: Offload
     ) -> Chosen | None:
@@ -80,7 +109,7 @@ class Repeats:
         if shape.recompute is not Recompute.SELECTIVE:
             return alike
         some = Recompute.NONE not in self.pins.recompute()  # something has to run again
-        bare = self.stages(shape, alike)
+        bare = self.alike_stages(shape, Recompute.NONE)
         plain = self.pricing.residence(shape, zero, shards)
         out: list[Operators] = [()] * len(alike)
         for rank, holder in enumerate(self.pricing.holders(shape, bare, zero, schedule)):

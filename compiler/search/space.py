@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -12,8 +12,16 @@ from llmspec.compiler.cost.offload import PARAMETERS, Offload
 from llmspec.compiler.cost.types import Types, types_of
 from llmspec.compiler.graph import ModelGraph
 from llmspec.compiler.schedules import Schedule
-from llmspec.compiler.search.bounds import ROUNDING, Bounds
-from llmspec.compiler.search.candidates import Candidate, Family, Outline, Shape, Sketch
+from llmspec.compiler.search.bounds import Bounds
+from llmspec.compiler.search.candidates import (
+    Candidate,
+    Family,
+    Floor,
+    Outline,
+    Shape,
+    Sketch,
+    Way,
+)
 from llmspec.compiler.search.chain import Build, Chain
 from llmspec.compiler.search.limits import Limits, steps_of
 from llmspec.compiler.search.meshes import Grid
@@ -53,8 +61,8 @@ class Space:
     choice: int = 0
     others: tuple[Space, ...] = ()
     styles: dict[tuple[int, int, int], list[View]] = field(default_factory=dict)
-    least: dict[tuple[object, ...], float] = field(default_factory=dict)
     known_cuts: dict[tuple[object, ...], list[Cut]] = field(default_factory=dict)
+    fitting: dict[tuple[object, ...], bool] = field(default_factory=dict)
 
     @staticmethod
     def of(program: Program, build: Build) -> Space:
@@ -294,64 +302,84 @@ class Space:
         own choice, the fastest choice that fits; no plan where nothing needs to be computed
         again, unless the spec asks for it."""
         for interleave, schedules in self.ranges.ways(outline.grid.pipeline):
-            yield from self.candidates_of(outline, interleave, schedules)
+            for zero, shards in self.ranges.shardings(outline.grid):
+                for schedule in schedules:
+                    for offload in self.offloads:
+                        for way in self.ways(outline, interleave, schedule, zero, shards, offload):
+                            if (found := self.priced(way)) is not None:
+                                yield found
 
-    def candidates_of(
+    def ways(
         self,
         outline: Outline,
         interleave: int,
-        schedules: list[Schedule],
-        skip: Callable[[int, int], bool] = lambda zero, shards: False,
-        lost: Callable[[Shape, int, int, Schedule], bool] = lambda *_: False,
-    ) -> Iterator[Candidate]:
-        """Those with so many stages on a rank, and under these schedules. `skip`: which (zero,
-        shards) are not worth a price; lost: which of them under which schedule."""
-        sharings = [way for way in self.ranges.shardings(outline.grid) if not skip(*way)]
-        for shape in self.shapes(outline, interleave) if sharings and schedules else ():
-            for zero, shards in sharings:
-                for schedule in schedules:
-                    if not lost(shape, zero, shards, schedule):
-                        yield from self._candidates(shape, zero, shards, schedule)
+        schedule: Schedule,
+        zero: int,
+        shards: int,
+        offload: Offload,
+    ) -> Iterator[Way]:
+        """One for each cut; none where parameters cannot leave, or it has been looked at."""
+        if PARAMETERS in offload and not _parameters_can_leave(outline.grid, zero):
+            return
+        if self.besides and not offload:
+            return
+        for shape in self.shapes(outline, interleave):
+            yield Way(shape=shape, zero=zero, shards=shards, schedule=schedule, offload=offload)
 
-    def least_of(self, shape: Shape, zero: int, shards: int, schedule: Schedule) -> float:
-        """No plan that differs from this one in what it computes again, or in what is in host
-        memory, has a shorter step."""
-        bare = self.repeats.alike(shape.option, shape.microbatch, Recompute.NONE)
-        stages = self.repeats.stages(shape, bare)
-        key = (*map(id, stages), shape.grid, shape.microbatches, zero, shards, schedule)
-        if key not in self.least:
-            times = self.pricing.times(shape, stages, zero, shards, schedule, play=False)
-            self.least[key] = ROUNDING * times.total
-        return self.least[key]
+    def floor(self, way: Way) -> Floor:
+        return self.repeats.floor(way.shape, way.zero, way.shards, way.schedule, way.offload)
+
+    def misses(self, way: Way, floor: Floor) -> float:
+        """Bytes by which no choice of what to compute again makes a plan fit; not positive where
+        one may."""
+        shape = way.shape
+        if shape.recompute is Recompute.NONE:
+            return floor.bare_missing_bytes
+        if _one_at_a_time(way):
+            return floor.missing_bytes
+        # in flight is what only the whole plan's ledger counts; nothing keeps less than inputs
+        return self.repeats.missing(shape, way.zero, way.shards, way.schedule, way.offload)
+
+    def host_lacks(self, way: Way, floor: Floor) -> bool:
+        """Whether there is too little host memory whatever is computed again."""
+        if way.shape.recompute is Recompute.NONE:
+            return floor.bare_host_bytes > self.host_bytes
+        return _one_at_a_time(way) and floor.host_bytes > self.host_bytes
 
     def smallest_of(self, outline: Outline) -> Iterator[Candidate]:
         """Of each ZeRO level the plan that shards most, for what cannot fit anyway."""
         most = dict(self.ranges.shardings(outline.grid))
         for interleave, schedules in self.ranges.ways(outline.grid.pipeline)[:1]:
-            for shape in self.shapes(outline, interleave)[-1:]:
-                for zero, shards in most.items():
-                    yield from self._candidates(shape, zero, shards, schedules[0])
+            for zero, shards in most.items():
+                *_, shape = self.shapes(outline, interleave)
+                for offload in self.offloads:
+                    ways = self.ways(outline, interleave, schedules[0], zero, shards, offload)
+                    for way in ways:
+                        if way.shape.cut == shape.cut and (found := self.priced(way)) is not None:
+                            yield found
 
-    def _candidates(
-        self, shape: Shape, zero: int, shards: int, schedule: Schedule
-    ) -> Iterator[Candidate]:
-        """With each use of host memory. What adds one to a plan that fits is slower, if smaller."""
-        fitting: list[Offload] = []
-        for offload in self.offloads:
-            if any(set(o) < set(offload) for o in fitting) and not self.objective.smaller_is_better:
-                continue
-            if PARAMETERS in offload and not _parameters_can_leave(shape.grid, zero):
-                continue
-            chosen = self.repeats.chosen(shape, zero, shards, schedule, offload)
-            if chosen is None:
-                continue
-            found = self._candidate(shape, chosen, zero, shards, schedule, offload)
-            if found is None:
-                continue
-            if found.times is not None:
-                fitting.append(offload)
-            if offload or not self.besides:
-                yield found
+    def priced(self, way: Way) -> Candidate | None:
+        """None where nothing need be computed again, where the host has no memory for it, and where
+        less in host memory is enough: what adds to a plan that fits is slower, if smaller."""
+        if not self.objective.smaller_is_better and any(
+            self._fits(replace(way, offload=less))
+            for less in self.offloads
+            if set(less) < set(way.offload)
+        ):
+            return None
+        shape, zero, shards, schedule = way.shape, way.zero, way.shards, way.schedule
+        chosen = self.repeats.chosen(shape, zero, shards, schedule, way.offload)
+        if chosen is None:
+            return None
+        return self._candidate(shape, chosen, zero, shards, schedule, way.offload)
+
+    def _fits(self, way: Way) -> bool:
+        if PARAMETERS in way.offload and not _parameters_can_leave(way.shape.grid, way.zero):
+            return False
+        if way.key not in self.fitting:
+            found = None if self.misses(way, self.floor(way)) > 0 else self.priced(way)
+            self.fitting[way.key] = found is not None and found.times is not None
+        return self.fitting[way.key]
 
     def _candidate(
         self,
@@ -430,6 +458,12 @@ def _space(program: Program, pins: Pins, chain: Chain, pricing: Pricing) -> Spac
     offloads = pins.offloads() if pins.about("offload") else ((),)
     repeats = Repeats(chain, pricing, pins, program.budget.memory_bytes)
     return Space(program, pins, chain, pricing, repeats, offloads)
+
+
+def _one_at_a_time(way: Way) -> bool:
+    """One stage on a rank and backwards in one part: how much is in flight does not depend on what
+    is computed again."""
+    return len(way.shape.cut) == way.shape.grid.pipeline and not way.schedule.splits
 
 
 def _parameters_can_leave(grid: Grid, zero: int) -> bool:

@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from llmspec.compiler.orders import Schedule
-from llmspec.compiler.search.candidates import Candidate, Outline, Shape, Sketch
+from llmspec.compiler.cost.offload import Offload
+from llmspec.compiler.search.candidates import Candidate, Floor, Outline, Sharing, Sketch, Turn, Way
 from llmspec.compiler.search.explain import (
     Family,
     Tally,
     families_with,
     plain_families,
     possible_families,
+    shape_families,
+    turn_families,
 )
 from llmspec.compiler.search.objective import Objective, Weight
-from llmspec.compiler.search.pins import Recompute
 from llmspec.compiler.search.space import Space
 
 SHORTLIST = 12
 """Plans that are played after the closed form has ranked them."""
 
-Item = Space | Sketch | Outline
+
+@dataclass(frozen=True, slots=True)
+class Floored:
+    """A way with what no plan of it undercuts."""
+
+    way: Way
+    floor: Floor
+
+
+Item = Space | Sketch | Outline | Sharing | Turn | Floored
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +54,27 @@ class Shortlist:
     objective: Objective
     most: int = SHORTLIST
     heap: list[_Worst] = field(default_factory=list)
+    best: Weight | None = None
+    worst: Weight | None = None
+    """Of its plans; the worst once it is full."""
 
     def add(self, candidate: Candidate) -> None:
         entry = _Worst(self.objective.rank(candidate), candidate)
+        weight = self.objective.of(candidate)
+        self.best = weight if self.best is None else min(self.best, weight)
         if len(self.heap) < self.most:
             heapq.heappush(self.heap, entry)
         elif self.heap[0] < entry:
             heapq.heapreplace(self.heap, entry)
+        if len(self.heap) == self.most:
+            self.worst = self.objective.of(self.heap[0].candidate)
 
     def candidates(self) -> list[Candidate]:
         return [entry.candidate for entry in sorted(self.heap, reverse=True)]
 
-    @property
-    def full(self) -> bool:
-        return len(self.heap) == self.most
-
     def closed_to(self, least: Weight) -> bool:
         """Whether no plan with a weight of at least `least` can enter."""
-        return self.full and self.objective.of(self.heap[0].candidate) < least
+        return self.worst is not None and self.worst < least
 
 
 @dataclass
@@ -80,6 +93,7 @@ class Walk:
     smallest: Candidate | None = None
     considered: int = 0
     fit: int = 0
+    pruned: int = 0
     bound: bool = False
     """Whether only what beats the best plan so far is looked at."""
 
@@ -87,6 +101,8 @@ class Walk:
         self.tally = Tally(self.objective)
         self.shortlist = Shortlist(self.objective, self.most)
         self.number = itertools.count()
+        self.waiting: list[tuple[Weight, int, Space, Item]] = []
+        self.too_large: list[tuple[Space, Sketch]] = []
 
     def run(self) -> None:
         """Without offload first, unless the spec speaks of it."""
@@ -97,34 +113,41 @@ class Walk:
             self._walk(more)
 
     def _walk(self, spaces: Iterable[Space]) -> None:
-        waiting: list[tuple[Weight, int, Space, Item]] = []
-        too_large: list[tuple[Space, Sketch]] = []
+        self.waiting = []
+        self.too_large = []
         for space in spaces:
-            self._push(waiting, space, space, space.least_s, 0.0)
-        while waiting:
-            least, place, space, item = heapq.heappop(waiting)
-            if isinstance(item, Outline):
-                if not item.sharp and self._may_matter(space, item):
-                    sharp = space.bounds.sharpened(item)
-                    self._push(waiting, space, sharp, sharp.least_s, sharp.least_bytes, place)
-                else:
-                    self._price(space, item)
-            elif isinstance(item, Sketch) and item.least_bytes > space.budget_bytes:
-                too_large.append((space, item))
-            elif self.bound and self._beaten(least):
-                return
-            elif not (self.shortlist.closed_to(least) and self._settled(set(space.choices), least)):
-                for inner in space.sketches() if isinstance(item, Space) else space.opened(item):
-                    least_s = max(inner.least_s, space.least_s)
-                    self._push(waiting, space, inner, least_s, inner.least_bytes)
+            self._push(space, space, space.least_s, 0.0)
+        self._drain()
         if self.explained and not self.fit:
-            for space, sketch in too_large:
+            for space, sketch in self.too_large:
                 for outline in space.opened(sketch):
-                    self._price(space, outline)
+                    self._open_outline(space, outline, 0)
+            self._drain()
+
+    def _drain(self) -> None:
+        while self.waiting:
+            least, place, space, item = heapq.heappop(self.waiting)
+            match item:
+                case Floored():
+                    self._price(space, item.way, item.floor, least)
+                case Turn():
+                    self._open_turn(space, item, least)
+                case Sharing():
+                    self._open_sharing(space, item)
+                case Outline():
+                    self._open_outline(space, item, place)
+                case Sketch() if item.least_bytes > space.budget_bytes:
+                    self.too_large.append((space, item))
+                case _ if self._closed(space, least):
+                    pass
+                case _:
+                    inside = space.sketches() if isinstance(item, Space) else space.opened(item)
+                    for inner in inside:
+                        least_s = max(inner.least_s, space.least_s)
+                        self._push(space, inner, least_s, inner.least_bytes)
 
     def _push(
         self,
-        waiting: list[tuple[Weight, int, Space, Item]],
         space: Space,
         item: Item,
         least_s: float,
@@ -135,25 +158,28 @@ class Walk:
         if least_s <= space.most_step_s:
             least = self.objective.weight(least_s, least_bytes, space.ranks)
             number = next(self.number) if place is None else place
-            heapq.heappush(waiting, (least, number, space, item))
+            heapq.heappush(self.waiting, (least, number, space, item))
 
-    def _may_matter(self, space: Space, outline: Outline) -> bool:
-        fits = outline.least_bytes <= space.budget_bytes
-        return fits and not self._hopeless(space, outline)
+    def _closed(self, space: Space, least: Weight) -> bool:
+        """Whether no mesh with such a bound has to be opened."""
+        if self.bound and self._beaten(least):
+            return True
+        return self.shortlist.closed_to(least) and self._settled(set(space.choices), least)
 
-    def _price(self, space: Space, outline: Outline) -> None:
+    def _open_outline(self, space: Space, outline: Outline, place: int) -> None:
+        """Into the ways of its data ranks to share; first with the bound that takes longer."""
         if outline.least_bytes > space.budget_bytes:
             self._price_too_large(space, outline)
-        elif not self._hopeless(space, outline):
-            shared = possible_families(outline, space)
-            shared = {f for f in shared if f[0] not in ("schedule", "interleave")}
-            skip, lost = self._too_large(space, outline), self._too_slow(space, outline)
-            for interleave, schedules in space.ranges.ways(outline.grid.pipeline):
-                left = [
-                    s for s in schedules if not self._lost(space, outline, shared, interleave, s)
-                ]
-                for candidate in space.candidates_of(outline, interleave, left, skip, lost):
-                    self._add(space, candidate)
+        elif self._hopeless(space, outline):
+            return
+        elif not outline.sharp:
+            sharp = space.bounds.sharpened(outline)
+            self._push(space, sharp, sharp.least_s, sharp.least_bytes, place)
+        else:
+            for zero, shards in space.ranges.shardings(outline.grid):
+                sharing = space.bounds.sharing(outline, zero, shards)
+                if not self._leave_out(space, sharing):
+                    self._push(space, sharing, sharing.least_s, outline.least_bytes)
 
     def _price_too_large(self, space: Space, outline: Outline) -> None:
         if not self.explained:
@@ -163,74 +189,84 @@ class Walk:
             for candidate in space.smallest_of(outline):
                 self._add(space, candidate)
 
-    def _lost(
-        self,
-        space: Space,
-        outline: Outline,
-        shared: set[Family],
-        interleave: int,
-        schedule: Schedule,
-    ) -> bool:
-        """Whether an outline's plans under one schedule can be the best of nothing."""
-        if outline.grid.pipeline == 1:
-            return False
-        least_s = space.bounds.scheduled_s(outline, interleave, schedule)
-        least = self.objective.weight(least_s, outline.least_bytes, space.ranks)
-        if not self.shortlist.closed_to(least):
-            return False
-        own = {("schedule", str(schedule)), ("interleave", str(interleave))}
-        return self._settled(shared | own, least)
-
-    def _too_large(self, space: Space, outline: Outline) -> Callable[[int, int], bool]:
-        """Whether a way to shard is the best and the smallest of nothing."""
-
-        def skip(zero: int, shards: int) -> bool:
-            least = space.bounds.shared_bytes(outline, zero, shards)
-            if least <= space.budget_bytes:
-                return self._too_much(space, outline, zero, shards, least)
-            if not self.explained:
-                return True
-            families = families_with(outline, zero, shards, space)
-            return self.smallest is not None and self.tally.lowest(families, least)
-
-        return skip
-
-    def _too_much(
-        self, space: Space, outline: Outline, zero: int, shards: int, least_bytes: float
-    ) -> bool:
-        """Whether a way to shard that may fit is the best of nothing, where memory decides."""
-        if not self.objective.smaller_is_better:
-            return False
-        least = self.objective.weight(outline.least_s, least_bytes, space.ranks)
-        if not self.shortlist.closed_to(least):
-            return False
-        return self._settled(families_with(outline, zero, shards, space), least)
-
-    def _too_slow(
-        self, space: Space, outline: Outline
-    ) -> Callable[[Shape, int, int, Schedule], bool]:
-        """Whether a plan, computing nothing again and with nothing in host memory, would be the
-        best of nothing even so. Only asked where finding out what to compute again takes longer."""
-
-        def lost(shape: Shape, zero: int, shards: int, schedule: Schedule) -> bool:
-            if not self.bound and shape.recompute is not Recompute.SELECTIVE:
+    def _leave_out(self, space: Space, sharing: Sharing) -> bool:
+        """Whether a way to share is the best, and where nothing fits the smallest, of nothing."""
+        outline = sharing.outline
+        families = families_with(outline, sharing.zero, sharing.shards, space)
+        families |= set(shape_families(outline))
+        if sharing.least_bytes <= space.budget_bytes:
+            # where memory decides, more is known of it than of the outline
+            sized = self.objective.smaller_is_better
+            least_bytes = sharing.least_bytes if sized else outline.least_bytes
+            least = self.objective.weight(sharing.least_s, least_bytes, space.ranks)
+            if self.bound and not self._beaten(least):
                 return False
-            if not self.bound and not self.shortlist.full:
-                return False
-            least_s = space.least_of(shape, zero, shards, schedule)
-            least = self.objective.weight(least_s, outline.least_bytes, space.ranks)
-            families = plain_families(shape, zero, shards, schedule) | set(space.choices)
             if self.bound:
-                families |= {("offload", word) for o in space.offloads for word in o}
-                worth_s = least_s * self.objective.worth_offloading
-                worth = self.objective.weight(worth_s, outline.least_bytes, space.ranks)
-                return self._beaten(least) and self._met(families, worth)
+                return self._worthless(families, space.offloads, least)
             return self.shortlist.closed_to(least) and self._met(families, least)
+        if not self.explained:
+            return True
+        return self.smallest is not None and self.tally.lowest(families, sharing.least_bytes)
 
-        return lost
+    def _open_sharing(self, space: Space, sharing: Sharing) -> None:
+        """Into schedules, and uses of host memory."""
+        if self._leave_out(space, sharing):
+            return
+        for interleave, schedules in space.ranges.ways(sharing.outline.grid.pipeline):
+            for schedule in schedules:
+                for offload in space.offloads:
+                    turn = space.bounds.turn(sharing, interleave, schedule, offload)
+                    self._push(space, turn, turn.least_s, sharing.outline.least_bytes)
 
-    def _met(self, families: set[Family], least: Weight) -> bool:
-        return not self.explained or self.tally.met(families, least)
+    def _open_turn(self, space: Space, turn: Turn, least: Weight) -> None:
+        """Into its cuts."""
+        sharing = turn.sharing
+        outline, sharded = sharing.outline, (sharing.zero, sharing.shards)
+        families = turn_families(turn) | set(space.choices)
+        if self._too_slow(families, turn.offload, least):
+            return
+        for way in space.ways(outline, turn.interleave, turn.schedule, *sharded, turn.offload):
+            floor = space.floor(way)
+            least_s = max(turn.least_s, floor.least_s)
+            self._push(space, Floored(way, floor), least_s, outline.least_bytes)
+
+    def _price(self, space: Space, way: Way, floor: Floor, least: Weight) -> None:
+        """A plan, unless it is the best of nothing whatever it computes again, or does not fit and
+        is the smallest of nothing."""
+        families = plain_families(way) | set(space.choices)
+        if self._too_slow(families, way.offload, least):
+            self.pruned += 1
+            return
+        missing = space.misses(way, floor)
+        if missing > 0:
+            size = space.budget_bytes + missing
+            if not self.explained or (self.smallest and self.tally.lowest(families, size)):
+                self.considered += 1
+                self.tally.too_large.update(families)
+                return
+        lacking = space.besides and space.host_lacks(way, floor)
+        found = None if lacking else space.priced(way)
+        if found is not None:
+            self._add(space, found)
+        elif way.offload:  # the host has no memory for it, or less there is enough
+            self.tally.too_large.update(("offload", word) for word in way.offload)
+
+    def _too_slow(self, families: set[Family], offload: Offload, least: Weight) -> bool:
+        """Whether a plan of these families is the best of nothing."""
+        if self.bound:
+            return self._beaten(least) and self._worthless(families, (offload,), least)
+        return self.shortlist.closed_to(least) and self._met(families, least)
+
+    def _worthless(self, families: set[Family], offloads: Iterable[Offload], least: Weight) -> bool:
+        """Whether plans that use host memory, none of which is the best of all, are the best of
+        nothing."""
+        worth = self._worth(least)
+        return self._settled(families, worth) and self._met(uses_of(offloads), worth)
+
+    def _worth(self, least: Weight) -> Weight:
+        """Of a plan that uses host memory."""
+        *first, step_s = least
+        return (*first, step_s * self.objective.worth_offloading)
 
     def _hopeless(self, space: Space, outline: Outline) -> bool:
         least = self.objective.weight(outline.least_s, outline.least_bytes, space.ranks)
@@ -240,14 +276,16 @@ class Walk:
             return False
         return self._settled(possible_families(outline, space), least)
 
+    def _met(self, families: set[Family], least: Weight) -> bool:
+        return not self.explained or self.tally.met(families, least)
+
     def _settled(self, families: set[Family], least: Weight) -> bool:
         return not self.explained or self.tally.settled(families, least)
 
     def _beaten(self, least: Weight) -> bool:
         """Whether offload cannot make a plan with such a bound the best of all."""
-        best = min(self.objective.of(entry.candidate) for entry in self.shortlist.heap)
-        *first, step_s = least
-        return (*first, step_s * self.objective.worth_offloading) >= best
+        best = self.shortlist.best
+        return best is not None and self._worth(least) >= best
 
     def _add(self, space: Space, candidate: Candidate) -> None:
         self.considered += 1
@@ -259,6 +297,11 @@ class Walk:
             self.shortlist.add(candidate)
         elif self.smallest is None or candidate.peak_bytes < self.smallest.peak_bytes:
             self.smallest = candidate
+
+
+def uses_of(offloads: Iterable[Offload]) -> set[Family]:
+    """The families of what may be in host memory."""
+    return {("offload", word) for offload in offloads for word in offload}
 
 
 def best(spaces: Iterable[Space], objective: Objective) -> Candidate | None:

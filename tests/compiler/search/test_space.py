@@ -26,7 +26,37 @@ def space(spec) -> Space:
 
 
 def everything(of: Space):
-    return [c for outline in of.outlines() for c in of.candidates(outline)]
+    """Every plan with its price; no bound is above it."""
+    found = []
+    for outline in of.outlines():
+        for zero, shards in of.ranges.shardings(outline.grid):
+            sharing = of.bounds.sharing(outline, zero, shards)
+            for turn in turns(of, sharing):
+                how = (turn.interleave, turn.schedule, zero, shards, turn.offload)
+                for way in of.ways(outline, *how):
+                    if (candidate := of.priced(way)) is not None:
+                        check_bounds(of, turn, way, candidate)
+                        found.append(candidate)
+    return found
+
+
+def turns(of: Space, sharing):
+    for interleave, schedules in of.ranges.ways(sharing.outline.grid.pipeline):
+        for schedule in schedules:
+            for offload in of.offloads:
+                yield of.bounds.turn(sharing, interleave, schedule, offload)
+
+
+def check_bounds(of: Space, turn, way, candidate):
+    sharing = turn.sharing
+    missing = of.misses(way, of.floor(way))
+    if candidate.times is not None:
+        assert of.floor(way).least_s <= candidate.step_s
+        assert sharing.least_s <= turn.least_s <= candidate.step_s
+        assert not of.host_lacks(way, of.floor(way))
+        assert missing <= 0 and sharing.least_bytes <= of.budget_bytes
+    elif missing > 0:
+        assert candidate.peak_bytes >= of.budget_bytes + missing - 2, "numbers are rounded"
 
 
 SMALL_MIXTURE = """

@@ -1,0 +1,58 @@
+"""What no ledger of a stage undercuts, whatever its blocks compute again."""
+
+from __future__ import annotations
+
+from llmspec.compiler.cost.hardware import Machine
+from llmspec.compiler.cost.memory import (
+    Residence,
+    cast_bytes,
+    coming_elements,
+    gathered_bytes,
+    gradient_bytes,
+    passing,
+    software_bytes,
+    working_bytes,
+)
+from llmspec.compiler.cost.offload import OPTIMIZER, PARAMETERS, Offload, arriving_bytes
+from llmspec.compiler.cost.stage import Stage
+from llmspec.compiler.cost.types import Types
+
+
+def standing_bytes(
+    stage: Stage, home: Residence, types: Types, machine: Machine, offload: Offload
+) -> int:
+    """Of the device's ledger, what is there whatever blocks make and free in their backward."""
+    elements = home.parts.largest(stage.elements, stage.expert_elements)
+    size = gathered_bytes(stage, home, types) + home.message_bytes + machine.fixed_bytes
+    if PARAMETERS in offload:
+        size += arriving_bytes(stage, home, types) if machine.pinned else 0
+    else:
+        size += types.weights * elements + (0 if OPTIMIZER in offload else types.moments * elements)
+        size += software_bytes(stage, home, types, machine)
+        size += 0 if home.first_is_fullest else gradient_bytes(stage, home, types)
+    return size + (round(home.in_flight * stage.output_bytes) if home.sends_on else 0)
+
+
+def beside_bytes(
+    stage: Stage,
+    home: Residence,
+    types: Types,
+    machine: Machine,
+    offload: Offload,
+    block: int | None = None,
+) -> tuple[int, int]:
+    """Besides those and what is kept: as the last micro-batch's backward begins, and the least as
+    any unit's goes on. `block`: the least with the backward of the last unit, if that is one that
+    may run again."""
+    around = passing(stage, home, types, "gradients" in machine.fused)
+    last = stage.runs[-1]
+    if block is None:
+        casts = cast_bytes(home, types)
+        block = 0 if last.block else working_bytes(last, home, types, casts, 0)
+    first = block + around[0][0][0].total
+    least = min(during.total for uses in around for during, _ in uses.values())
+    if PARAMETERS in offload and home.first_is_fullest:
+        # the peak is where gradients still count, which are on the host
+        come = sum(run.count * coming_elements(run, home) for run in stage.runs)
+        return first - types.gradients * come, least - types.gradients * come
+    return first, least

@@ -1,0 +1,294 @@
+"""What no plan of given stages and a given sharing undercuts, whatever its blocks compute again:
+the ledger without what blocks keep says how much they may keep, and that how long they compute
+again at the least."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import numpy as np
+
+from llmspec.compiler.cost.closed import ROUNDING
+from llmspec.compiler.cost.floors import beside_bytes, standing_bytes
+from llmspec.compiler.cost.memory import Residence, cast_bytes
+from llmspec.compiler.cost.offload import ACTIVATIONS, Offload, away_bytes, host_ledger
+from llmspec.compiler.cost.stage import Run, Stage
+from llmspec.compiler.schedules import Schedule, stages_of
+from llmspec.compiler.search.candidates import Floor, Shape
+from llmspec.compiler.search.chain import Chain
+from llmspec.compiler.search.pricing import Pricing
+
+
+@dataclass(frozen=True, slots=True)
+class Trade:
+    """The least seconds of computing again for the bytes that a stage's blocks keep of one
+    micro-batch: a convex line from the fewest bytes to all. No mixture of whole blocks is below
+    it. fewest_away: bytes of host memory that each mixture takes."""
+
+    kept: np.ndarray
+    seconds: np.ndarray
+    fewest_away: int = 0
+
+    @property
+    def fewest(self) -> float:
+        return float(self.kept[0])
+
+    @property
+    def most(self) -> float:
+        return float(self.kept[-1])
+
+    def least_s(self, kept: np.ndarray) -> np.ndarray:
+        return np.interp(kept, self.kept, self.seconds)
+
+
+def trade_of(
+    blocks: Sequence[tuple[int, Sequence[tuple[float, float]]]], fewest_away: int = 0
+) -> Trade:
+    """`blocks`: of each unit how many there are, and what each may (keep, take)."""
+    kept, pieces = 0.0, []
+    for count, points in blocks:
+        line = lower_line(points)
+        kept += count * line[-1][0]
+        for (a, slow), (b, fast) in pairwise(line):
+            pieces.append(((slow - fast) / (b - a), count * (b - a), count * (slow - fast)))
+    pieces.sort()  # what frees a byte in the least time comes first
+    freed = np.cumsum([0.0, *(size for _, size, _ in pieces)])
+    spent = np.cumsum([0.0, *(seconds for _, _, seconds in pieces)])
+    return Trade((kept - freed)[::-1], spent[::-1], fewest_away)
+
+
+def lower_line(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The corners of the convex line below all points (bytes, seconds), from the fewest bytes on,
+    to the fewest seconds."""
+    line: list[tuple[float, float]] = []
+    for x, y in sorted(points):
+        if line and y >= line[-1][1]:
+            continue
+        while len(line) > 1 and _above(line[-2], line[-1], (x, y)):
+            line.pop()
+        line.append((x, y))
+    return line
+
+
+def _above(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
+    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
+
+
+def _stays(run: Run, casts: tuple[int, int], offload: Offload) -> int:
+    """Of what autograd keeps of one use, what no choice of host memory takes off the device."""
+    return run.kept_bytes(*casts) - (away_bytes(run) if ACTIVATIONS in offload else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Alike:
+    """Ranks that run equal stages and differ in what is in flight."""
+
+    ranks: np.ndarray
+    in_flight: np.ndarray
+    messages: np.ndarray
+    home: Residence
+    stage: Stage
+    names: tuple[str, ...]
+
+
+@dataclass
+class Floors:
+    """`budget_bytes`: what decides how much has to be computed again."""
+
+    chain: Chain
+    pricing: Pricing
+    budget_bytes: int
+    alike: dict[tuple[object, ...], list[_Alike]] = field(default_factory=dict)
+    trades: dict[tuple[object, ...], Trade] = field(default_factory=dict)
+    spare: dict[tuple[object, ...], tuple[float, float, Trade]] = field(default_factory=dict)
+    known: dict[tuple[object, ...], Floor] = field(default_factory=dict)
+    homes: dict[tuple[int, Residence], Residence] = field(default_factory=dict)
+    of_alike: dict[tuple[int, tuple[int, int], bool], Trade] = field(default_factory=dict)
+
+    def of(
+        self,
+        shape: Shape,
+        bare: list[Stage],
+        zero: int,
+        shards: int,
+        schedule: Schedule,
+        offload: Offload,
+        *,
+        free: bool,
+    ) -> Floor:
+        """`bare`: the stages with nothing computed again, in a list that its maker keeps. free:
+        whether they may compute again what no choice of the search does."""
+        sharing = (shape.grid, shape.microbatches, zero, shards, schedule, offload, free)
+        key = (id(bare), *sharing)
+        if key not in self.known:
+            self.known[key] = self._floor(shape, bare, zero, shards, schedule, offload, free)
+        return self.known[key]
+
+    def missing(
+        self,
+        shape: Shape,
+        stages: list[Stage],
+        zero: int,
+        shards: int,
+        schedule: Schedule,
+        offload: Offload,
+    ) -> float:
+        """Bytes by which the fullest rank of these stages is too large at the least."""
+        if ACTIVATIONS in offload:
+            return -np.inf
+        plain = self.pricing.residence(shape, zero, shards)
+        worst = -np.inf
+        for alike in self._alike(shape, stages, zero, schedule):
+            allowed, _ = self._allowed(shape, alike, plain, offload)
+            casts = cast_bytes(alike.home, self.pricing.types)
+            runs = alike.stage.named_runs(alike.names)
+            kept = sum(run.count * run.kept_bytes(*casts) for name, run in runs if name)
+            worst = max(worst, float(((kept - allowed) * alike.in_flight).max()))
+        return worst
+
+    def _floor(
+        self,
+        shape: Shape,
+        bare: list[Stage],
+        zero: int,
+        shards: int,
+        schedule: Schedule,
+        offload: Offload,
+        free: bool,
+    ) -> Floor:
+        again = np.zeros(shape.grid.pipeline)
+        missing = bare_missing = -np.inf
+        host = bare_host = 0.0
+        if not free:
+            plain = self.pricing.residence(shape, zero, shards)
+            for alike in self._alike(shape, bare, zero, schedule):
+                allowed, trade = self._allowed(shape, alike, plain, offload)
+                again[alike.ranks] = trade.least_s(allowed)
+                lacks = (trade.fewest - allowed) * alike.in_flight
+                missing = max(missing, float(lacks.max()))
+                lacks += (trade.most - trade.fewest) * alike.in_flight
+                bare_missing = max(bare_missing, float(lacks.max()))
+                if offload:
+                    home = replace(plain, in_flight=float(alike.in_flight.max()))
+                    there = host_ledger(alike.stage, home, self.pricing.types, offload)
+                    away = int(home.in_flight * trade.fewest_away)
+                    bare_host = max(bare_host, there.total)
+                    host = max(host, there.total - there.activations + away)
+        # activations in host memory cost at least nothing
+        staying = tuple(word for word in offload if word != ACTIVATIONS)
+        seconds = self.pricing.least_s(shape, bare, zero, shards, schedule, staying, again.tolist())
+        return Floor(ROUNDING * seconds, missing, bare_missing, host, bare_host)
+
+    def _allowed(
+        self, shape: Shape, alike: _Alike, plain: Residence, offload: Offload
+    ) -> tuple[np.ndarray, Trade]:
+        """What blocks may keep of one micro-batch, by rank."""
+        key = (id(alike), plain, offload)
+        if key not in self.spare:
+            self.spare[key] = self._spare(shape, alike, plain, offload)
+        spare, others, trade = self.spare[key]
+        # a byte more, for the ledger rounds
+        return (spare + 1 - alike.messages) / alike.in_flight - others, trade
+
+    def _spare(
+        self, shape: Shape, alike: _Alike, plain: Residence, offload: Offload
+    ) -> tuple[float, float, Trade]:
+        """(bytes that are left for all micro-batches in flight, what each keeps besides blocks)."""
+        types, machine, stage = self.pricing.types, self.pricing.machine, alike.stage
+        home = self._home(alike, plain)
+        casts = cast_bytes(home, types)
+        standing = standing_bytes(stage, home, types, machine, offload)
+        first, _ = beside_bytes(stage, home, types, machine, offload)
+        others = 0
+        for name, run in stage.named_runs(alike.names):
+            others += 0 if name else run.count * _stays(run, casts, offload)
+        if home.sends_on:  # of each micro-batch; `standing` has it of those of the first rank
+            others += stage.output_bytes
+            standing -= round(home.in_flight * stage.output_bytes)
+        trade = self._trade(shape, alike, casts, ACTIVATIONS in offload)
+        return self.budget_bytes - standing - first, others, trade
+
+    def _home(self, alike: _Alike, plain: Residence) -> Residence:
+        key = (id(alike), plain)
+        if key not in self.homes:
+            known = alike.home
+            self.homes[key] = replace(
+                plain,
+                in_flight=known.in_flight,
+                sends_on=known.sends_on,
+                receives=known.receives,
+                split=known.split,
+            )
+        return self.homes[key]
+
+    def _trade(self, shape: Shape, alike: _Alike, of_cast: tuple[int, int], away: bool) -> Trade:
+        """of_cast: bytes of a cast weight; away: what blocks keep waits in host memory, where it
+        can."""
+        known = (id(alike), of_cast, away)
+        if known not in self.of_alike:
+            runs = alike.stage.named_runs(alike.names)
+            casts = {name: run.cast_kept_bytes(*of_cast) for name, run in runs if name}
+            self.of_alike[known] = self._trade_with(shape, alike, casts, away)
+        return self.of_alike[known]
+
+    def _trade_with(
+        self, shape: Shape, alike: _Alike, casts: Mapping[str, int], away: bool
+    ) -> Trade:
+        option, size = shape.option, shape.microbatch
+        counts = Counter(name for name in alike.names if name)
+        key = (id(option), size, away, *counts.items(), *casts.items())
+        if key not in self.trades:
+            costs = self.chain.costs(option, size)
+            blocks, there = [], 0
+            for name, count in counts.items():
+                cost, cast = costs[name], casts[name]
+                leaves = cost.away_bytes if away else 0
+                points = [(float(cost.saved_bytes + cast - leaves), 0.0)]
+                fewest = cost.away_host_bytes
+                for again in self.chain.policies.choices(option, size, name):
+                    kept = again.kept_bytes + (cast if again.keeps_casts else 0)
+                    kept -= again.away_bytes if away else 0
+                    points.append((float(kept), again.whole_s))
+                    fewest = min(fewest, again.away_host_bytes)
+                blocks.append((count, points))
+                there += count * fewest if away else 0
+            self.trades[key] = trade_of(blocks, there)
+        return self.trades[key]
+
+    def _alike(
+        self, shape: Shape, bare: list[Stage], zero: int, schedule: Schedule
+    ) -> list[_Alike]:
+        ranks = shape.grid.pipeline
+        ids = tuple(map(id, bare))
+        key = (schedule, ids, ranks, shape.microbatches, zero == 0)
+        if key not in self.alike:
+            groups: dict[tuple[object, ...], list[int]] = {}
+            holders = self.pricing.holders(shape, bare, zero, schedule)
+            for rank, holder in enumerate(holders):
+                several = holder.in_flight > 1
+                full = holder.in_flight >= shape.microbatches
+                mine = stages_of(schedule, rank, len(bare), ranks)
+                own = tuple(ids[s] for s in mine)
+                edges = (holder.sends_on, holder.receives, several, full)
+                groups.setdefault((own, *edges), []).append(rank)
+            plain = self.pricing.residence(shape, zero, 1)
+            self.alike[key] = [
+                _Alike(
+                    np.array(same),
+                    np.array([holders[r].in_flight for r in same], dtype=float),
+                    np.array([holders[r].message_bytes for r in same], dtype=float),
+                    replace(holders[same[0]].home(plain), message_bytes=0),
+                    holders[same[0]].stage,
+                    self._names(shape, stages_of(schedule, same[0], len(bare), ranks)),
+                )
+                for same in groups.values()
+            ]
+        return self.alike[key]
+
+    def _names(self, shape: Shape, stages: Sequence[int]) -> tuple[str, ...]:
+        """The unit of each instance of some stages, "" for what stands alone."""
+        own = (i for s in stages for i in self.chain.instances[slice(*shape.cut[s])])
+        return tuple(i.unit if i.prefix else "" for i in own)
