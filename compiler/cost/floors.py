@@ -6,7 +6,6 @@ from llmspec.compiler.cost.hardware import Machine
 from llmspec.compiler.cost.memory import (
     Residence,
     cast_bytes,
-    coming_elements,
     gathered_bytes,
     gradient_bytes,
     passing,
@@ -38,7 +37,6 @@ def beside_bytes(
     home: Residence,
     types: Types,
     machine: Machine,
-    offload: Offload,
     block: int | None = None,
 ) -> tuple[int, int]:
     """Besides those and what is kept: as the last micro-batch's backward begins, and the least as
@@ -51,8 +49,4 @@ def beside_bytes(
         block = 0 if last.block else working_bytes(last, home, types, casts, 0)
     first = block + around[0][0][0].total
     least = min(during.total for uses in around for during, _ in uses.values())
-    if PARAMETERS in offload and home.first_is_fullest:
-        # the peak is where gradients still count, which are on the host
-        come = sum(run.count * coming_elements(run, home) for run in stage.runs)
-        return first - types.gradients * come, least - types.gradients * come
     return first, least

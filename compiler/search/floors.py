@@ -201,7 +201,7 @@ class Floors:
         home = self._home(alike, plain)
         casts = cast_bytes(home, types)
         standing = standing_bytes(stage, home, types, machine, offload)
-        first, _ = beside_bytes(stage, home, types, machine, offload)
+        first, _ = beside_bytes(stage, home, types, machine)
         others = 0
         for name, run in stage.named_runs(alike.names):
             others += 0 if name else run.count * _stays(run, casts, offload)

@@ -400,7 +400,7 @@ def fitting(
             return None
     spare = budget_bytes - standing_bytes(bare, home, types, machine, offload)
     block = mixtures.returning.get(of_each[-1][0])
-    beside = beside_bytes(bare, home, types, machine, offload, block)
+    beside = beside_bytes(bare, home, types, machine, block)
     kept_bytes, most_bytes = _limits(of_each, home, casts, spare, beside, away)
     if home.first_is_fullest and home.microbatches > 1 and PARAMETERS not in offload:
         # the backward after the first finds all gradients, and one micro-batch less
