@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd, lcm, prod
 
 from llmspec.dsl.diagnostics import fault, listing
 from llmspec.dsl.parameters import operators_of
 from llmspec.dsl.pins import AXES, Pins, divisors, factors
-from llmspec.dsl.program import AnyModel, Cluster, Model, Relation
+from llmspec.dsl.program import Cluster, Model, Relation
 
 
 def axes_fill_world(pins: Pins) -> None:
@@ -57,12 +58,17 @@ def axis_help(sizes: dict[str, int], world: int, whole_mesh: bool) -> tuple[str,
 
 
 def tensor_splits_heads(pins: Pins) -> None:
-    if not isinstance(pins.model, Model):
-        return
-    heads = heads_of(pins.model)
+    """Of a model that is written in the language; of others the graph has to be known."""
+    if isinstance(pins.model, Model):
+        check_heads(pins, heads_of(pins.model))
+
+
+def check_heads(pins: Pins, heads: Sequence[int]) -> None:
+    """`heads`: key/value heads of each attention. Errors: Fault for a line about tensor ranks that
+    no number of ranks keeps."""
     if not heads:
         return
-    common = common_heads(pins.model)
+    common = gcd(*heads)
     for constraint in pins.constraints:
         if constraint.key != "tensor" or constraint.relation is Relation.LE:
             continue
@@ -81,12 +87,6 @@ def tensor_splits_heads(pins: Pins) -> None:
             "every rank holds the same number of whole heads",
             helps=("use " + listing(f"tensor = {d}" for d in near),),
         )
-
-
-def common_heads(model: AnyModel) -> int:
-    """What the number of tensor ranks divides: every rank has the same number of whole key/value
-    heads of each attention. 0 where the heads are not known, or there are none."""
-    return gcd(*heads_of(model)) if isinstance(model, Model) else 0
 
 
 def heads_of(model: Model) -> list[int]:

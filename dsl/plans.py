@@ -67,7 +67,8 @@ def one_value(row: PlanRow, relation: Relation, node: syntax.Node) -> Option:
     elif row.name == "recompute" and isinstance(value, tuple):
         result = listed_operators(value, node)
     elif row.words:
-        result = word_of(row, value, node)
+        alone = relation == Relation.EQ  # only then a word may be `auto`
+        result = word_of(row, value, node, *(("auto",) if alone else ()))
     else:
         result = whole(value, node.span, f"`{row.name}`", least=row.least or 0)
         if row.most is not None and result > row.most:
@@ -86,16 +87,18 @@ def plan_word(node: syntax.Node) -> Value:
     return evaluate(node)
 
 
-def word_of(row: PlanRow, value: Value, node: syntax.Node) -> str:
+def word_of(row: PlanRow, value: Value, node: syntax.Node, *more: str) -> str:
+    """`more`: words that have been looked for before."""
     if isinstance(value, Word) and value.text in row.words:
         return value.text
     name = value.text if isinstance(value, Word) else ""
+    words = (*row.words, *more)
     raise fault(
         "E0402",
         f"`{row.name}` cannot be {show(value)}",
         node.span,
-        f"expected {listing(row.words)}",
-        helps=did_you_mean(name, row.words),
+        f"expected {listing(words)}",
+        helps=did_you_mean(name, words),
     )
 
 

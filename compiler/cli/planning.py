@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,23 @@ def the_plan(options: Namespace) -> tuple[Session, Plan] | Infeasible:
     return found if isinstance(found, Infeasible) else (session, found.plan)
 
 
+Verb = Callable[[Namespace, Session, Plan], int]
+
+
+def of_a_plan(verb: Verb) -> Callable[[Namespace], int]:
+    """A verb that works on a plan, as one that takes a command line: where no plan fits it ends
+    with saying so."""
+
+    @wraps(verb)
+    def run(options: Namespace) -> int:
+        answer = the_plan(options)
+        if isinstance(answer, Infeasible):
+            return no_plan(answer, as_data=options.json)
+        return verb(options, *answer)
+
+    return run
+
+
 def memory_of(session: Session, plan: Plan) -> dict[str, Any]:
     return memory_object(priced(session.program, plan, session.graph(plan.microbatch)))
 
@@ -172,11 +191,8 @@ def no_plan(found: Infeasible, *, as_data: bool) -> int:
     return show_faults(driver.Refused(infeasible_fault(found)), as_data=False)
 
 
-def compile_(options: Namespace) -> int:
-    answer = the_plan(options)
-    if isinstance(answer, Infeasible):
-        return no_plan(answer, as_data=options.json)
-    session, found = answer
+@of_a_plan
+def compile_(options: Namespace, session: Session, found: Plan) -> int:
     folder = Path(options.out) if options.out else driver.default_folder(session.program)
     files = driver.compile_plan(session, found, folder)
     name_replicated(session, found)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from llmspec.compiler import driver
 from llmspec.compiler.cli.console import DIAGNOSTICS, OK, fault, product, product_json, status
-from llmspec.compiler.cli.planning import no_plan, the_plan
+from llmspec.compiler.cli.planning import of_a_plan
+from llmspec.compiler.driver import Session
 from llmspec.compiler.dryrun.run import WITHIN, Difference, Role, RoleFailed, dry_run
 from llmspec.compiler.plan import Plan
-from llmspec.compiler.search.search import Infeasible
 from llmspec.compiler.text import in_bytes
 from llmspec.compiler.verify.compare import Report
 from llmspec.compiler.verify.plan import verify_plan
@@ -22,11 +22,8 @@ from llmspec.compiler.verify.run import ProcessFailed
 from llmspec.dsl.program import DeviceKind, Program
 
 
-def verify(options: Namespace) -> int:
-    answer = the_plan(options)
-    if isinstance(answer, Infeasible):
-        return no_plan(answer, as_data=options.json)
-    session, plan = answer
+@of_a_plan
+def verify(options: Namespace, session: Session, plan: Plan) -> int:
     status("Verifying", f"{options.spec}, shrunken, on local processes")
     try:
         report, small = verify_plan(session, plan)
@@ -68,12 +65,9 @@ def render_report(report: Report, planned: int, ran: int) -> str:
     return "\n".join([f"{len(report.failures())} quantities differ", *lines, *tail])
 
 
-def dryrun(options: Namespace) -> int:
+@of_a_plan
+def dryrun(options: Namespace, session: Session, plan: Plan) -> int:
     """Whether the program does what the plan says: every collective, and each peak within 1 %."""
-    answer = the_plan(options)
-    if isinstance(answer, Infeasible):
-        return no_plan(answer, as_data=options.json)
-    session, plan = answer
     status("Running", f"the program of {options.spec} at full size, on fake tensors")
     try:
         roles = dry_run(session, plan)
@@ -171,11 +165,8 @@ def _difference_lines(one: Difference) -> list[str]:
 # --------------------------------------------------------------------------------------------------
 
 
-def train(options: Namespace) -> int:
-    answer = the_plan(options)
-    if isinstance(answer, Infeasible):
-        return no_plan(answer, as_data=options.json)
-    session, plan = answer
+@of_a_plan
+def train(options: Namespace, session: Session, plan: Plan) -> int:
     missing = not_here(session.program, plan)
     if missing:
         return fault(missing, *what_works_here(options.spec))

@@ -7,19 +7,17 @@ from pathlib import Path
 
 from llmspec.compiler import driver
 from llmspec.compiler.cli.console import OK, fault, product, product_json, status
-from llmspec.compiler.cli.planning import no_plan, the_plan
-from llmspec.compiler.search.search import Infeasible
+from llmspec.compiler.cli.planning import of_a_plan
+from llmspec.compiler.driver import Session
+from llmspec.compiler.plan import Plan
 from llmspec.compiler.simulate.step import simulate as simulate_plan
 from llmspec.compiler.simulate.step import simulated_object
 from llmspec.compiler.simulate.trace import trace_json
 from llmspec.compiler.simulate.words import render_simulated
 
 
-def simulate(options: Namespace) -> int:
-    answer = the_plan(options)
-    if isinstance(answer, Infeasible):
-        return no_plan(answer, as_data=options.json)
-    session, plan = answer
+@of_a_plan
+def simulate(options: Namespace, session: Session, plan: Plan) -> int:
     folder = driver.default_folder(session.program)
     path = Path(options.out) if options.out else folder / "trace.json"
     if options.out and not path.parent.is_dir():

@@ -17,7 +17,7 @@ from llmspec.compiler.cost.stage import Run
 from llmspec.compiler.cost.types import Types
 from llmspec.compiler.errors import InternalError
 from llmspec.compiler.forecast import Priced
-from llmspec.compiler.ledger.operators import kept_by_operators, kept_object
+from llmspec.compiler.ledger.operators import kept_object
 from llmspec.compiler.ledger.shares import from_the_end, shared_out
 from llmspec.compiler.schedules import stages_of
 
@@ -249,7 +249,7 @@ def memory_object(known: Priced) -> dict[str, Any]:
     """The object `memory` of `plan --memory --json`; docs/json.md."""
     return {
         "ranks": [_object(known, one) for one in accounts(known)],
-        "units": kept_object(kept_by_operators(known)),
+        "units": kept_object(known),
     }
 
 

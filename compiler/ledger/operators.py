@@ -15,6 +15,7 @@ from llmspec.compiler.kernels.naming import kernel_name
 from llmspec.compiler.ops import collective
 from llmspec.compiler.ops.registry import entry_of
 from llmspec.compiler.passes.fuse import PICKED
+from llmspec.compiler.passes.recompute import in_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +78,14 @@ def _does(flow: Flow, value: str) -> str:
     return entry_of(node).name
 
 
-def kept_object(found: dict[str, dict[Operators, tuple[Kept, ...]]]) -> list[dict[str, Any]]:
+def kept_object(known: Priced) -> list[dict[str, Any]]:
+    """words: what is computed again, by the names of the spec."""
+    shape, policies = known.shape, known.space.chain.policies
     return [
         {
             "unit": name,
             "again": again if isinstance(again, str) else list(again),
+            "words": in_words(policies.unit(shape.option, shape.microbatch, name), again),
             "kept_bytes": sum(k.size_bytes for k in kept),
             "kept": [
                 {
@@ -94,6 +98,6 @@ def kept_object(found: dict[str, dict[Operators, tuple[Kept, ...]]]) -> list[dic
                 for k in kept
             ],
         }
-        for name, choices in found.items()
+        for name, choices in kept_by_operators(known).items()
         for again, kept in choices.items()
     ]

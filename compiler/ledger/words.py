@@ -52,8 +52,7 @@ def _what(item: dict[str, Any]) -> str:
 
 
 def _unit(one: dict[str, Any]) -> list[str]:
-    again = one["again"]
-    words = again if isinstance(again, str) else ", ".join(again)
+    words = ", ".join(one["words"])
     computed = f", computing {words} again" if words else ""
     lines = [f"  {one['unit']}{computed}: {in_bytes(one['kept_bytes'])}"]
     kept = sorted(one["kept"], key=lambda k: (-k["bytes"], k["value"]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -69,6 +69,11 @@ def attention(
     wide = scores if scores.dtype == torch.float64 else scores.float()
     weights = wide.masked_fill(~seen, float("-inf")).softmax(-1).to(q.dtype)
     return (weights @ v).transpose(1, 2)
+
+
+def key_heads(calls: Iterable[fx.Node]) -> list[int]:
+    """Key/value heads of each attention among them."""
+    return [shape_of(call.args[1])[2] for call in calls if call.target is attention]  # type: ignore[arg-type]
 
 
 def _attention_rule(node: fx.Node) -> Rule:

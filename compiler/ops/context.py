@@ -200,11 +200,12 @@ _register_move(gather_tokens, _gather_sends)
 _register_move(own_tokens, None)
 
 
-def _as(
+def elsewhere(
     original: Callable[..., Any],
     function: Callable[..., Any],
     render: Callable[[fx.Node, Sequence[str], Localised], Printed],
     formula: Formula | None = None,
+    sends: Callable[[fx.Node, Shapes], tuple[Sends, ...]] | None = None,
 ) -> None:
     """An operator that is another one at other places."""
     like = REGISTRY[original]
@@ -218,6 +219,7 @@ def _as(
             render=render,
             moved=like.moved,
             formula=formula,
+            sends=sends,
         )
     )
 
@@ -270,7 +272,7 @@ def _render_softmax(node: fx.Node, args: Sequence[str], _: Localised) -> Printed
     return Printed(f"{masked}.softmax(-1)", imports)
 
 
-_as(rotary, context_rotary, _render_rotary, turning(f", context={AXIS}"))
-_as(positions, context_positions, _render_positions)
-_as(dropout, context_dropout, _render_dropout, dropouts.formula(_part))
-_as(masked_softmax, context_masked_softmax, _render_softmax, softmax(f", context={AXIS}"))
+elsewhere(rotary, context_rotary, _render_rotary, turning(f", context={AXIS}"))
+elsewhere(positions, context_positions, _render_positions)
+elsewhere(dropout, context_dropout, _render_dropout, dropouts.formula(_part))
+elsewhere(masked_softmax, context_masked_softmax, _render_softmax, softmax(f", context={AXIS}"))

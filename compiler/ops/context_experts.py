@@ -13,19 +13,16 @@ from torch import fx
 
 from llmspec.compiler.graph import has_rows
 from llmspec.compiler.ops import elementwise
-from llmspec.compiler.ops.context import AXIS, not_runnable
+from llmspec.compiler.ops.context import AXIS, elsewhere, not_runnable
 from llmspec.compiler.ops.experts import combine, dispatch, grouped_bias, grouped_linear
 from llmspec.compiler.ops.registry import (
     CONTEXT_FORMS,
-    REGISTRY,
     ContextForm,
-    Entry,
     Localised,
     Printed,
     Sends,
     Shapes,
     numel,
-    register,
 )
 from llmspec.compiler.ops.routing import (
     choose_experts,
@@ -97,15 +94,4 @@ def _sends(node: fx.Node, shapes: Shapes) -> tuple[Sends, ...]:
     )
 
 
-_like = REGISTRY[sequence_load]
-register(
-    Entry(
-        name=context_sequence_load.__name__,
-        function=context_sequence_load,
-        rule=_like.rule,
-        flops=_like.flops,
-        saved=_like.saved,
-        render=_render,
-        sends=_sends,
-    )
-)
+elsewhere(sequence_load, context_sequence_load, _render, sends=_sends)

@@ -9,6 +9,7 @@ from functools import cached_property
 from math import gcd
 
 from llmspec.compiler.cost.fused import worth_weighing
+from llmspec.compiler.ops.attention import key_heads
 from llmspec.compiler.ops.linear_loss import rows_at_once
 from llmspec.compiler.ops.registry import shape_of
 from llmspec.compiler.passes.context import possible_styles
@@ -21,8 +22,8 @@ from llmspec.compiler.search.meshes import Grid, divisors, grids, shardings
 from llmspec.compiler.search.objective import Objective
 from llmspec.compiler.search.pins import Pins, Recompute
 from llmspec.compiler.views import View
-from llmspec.dsl.mesh_pins import common_heads
-from llmspec.dsl.program import Program
+from llmspec.dsl.mesh_pins import heads_of
+from llmspec.dsl.program import Model, Program
 
 FEWEST_TOKENS = 8192
 """That a context rank holds unless the spec speaks of context ranks itself."""
@@ -62,8 +63,15 @@ class Ranges:
             contexts=(1, *sharing),
             experts=expert_divisor(graph),
         )
-        heads = common_heads(self.program.model)
-        return [grid for grid in found if heads % grid.tensor == 0]
+        common = gcd(*self.heads)
+        return [grid for grid in found if common % grid.tensor == 0]
+
+    @cached_property
+    def heads(self) -> list[int]:
+        """Key/value heads of each attention: tensor ranks have as many whole ones each."""
+        written = heads_of(self.program.model) if isinstance(self.program.model, Model) else []
+        units = self.chain.graph(1).units.values()
+        return written + [n for unit in units for n in key_heads(unit.calls())]
 
     def context_styles(self, context: int) -> list[str]:
         styles = possible_styles(self.chain.graph(1), context)

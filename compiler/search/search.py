@@ -25,7 +25,9 @@ from llmspec.compiler.search.policies import check_listed
 from llmspec.compiler.search.predicted import model_object, plan_object, predicted_object
 from llmspec.compiler.search.space import Space
 from llmspec.compiler.search.walk import Walk
-from llmspec.dsl.diagnostics import Diagnostic
+from llmspec.dsl.diagnostics import Diagnostic, Fault
+from llmspec.dsl.mesh_pins import check_heads
+from llmspec.dsl.pins import Pins as DslPins
 from llmspec.dsl.program import Program
 from llmspec.dsl.units import render_bytes
 
@@ -211,10 +213,18 @@ def check_meshes(spaces: Sequence[Space]) -> None:
     listing = pins.listing("recompute")
     if listing is not None:
         check_listed(spaces[0].graph(1), pins.recomputed_operators(), listing.span)
+    lines = DslPins(
+        constraints=program.plan, model=program.model, cluster=program.cluster, train=program.train
+    )
+    try:
+        # of a model from elsewhere the heads are known only now
+        check_heads(lines, spaces[0].ranges.heads)
+    except Fault as error:
+        raise Refused(error.diagnostic) from None
     grids = [grid for space in spaces for grid in space.ranges.grids()]
     if not grids:
-        world = max(space.ranks for space in spaces)
-        most = "at most " if len(spaces) > 1 else ""
+        worlds = {space.ranks for space in spaces}
+        world, most = max(worlds), "at most " if len(worlds) > 1 else ""
         raise no_mesh(program, f"no mesh of {most}{world} devices satisfies the `plan` block")
     batch = program.train.common_sequences
     if all(batch % grid.data for grid in grids):

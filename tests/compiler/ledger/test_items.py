@@ -140,3 +140,11 @@ def test_in_words(golden: Golden) -> None:
     pins = "pipeline = 2; schedule = 1f1b; microbatch = 1; recompute = none"
     known, _ = known_plan(pins, (DENSE, 2, "bf16"))
     golden.check("cli/memory.txt", render_memory(memory_object(known)) + "\n")
+
+
+def test_what_is_computed_again_has_the_names_of_the_spec() -> None:
+    known, _ = known_plan("data = 2; microbatch = 1; recompute = [rmsnorm]", (DENSE, 2, "bf16"))
+    (layer,) = (u for u in memory_object(known)["units"] if u["unit"] == "layer")
+    assert layer["again"] == ["rmsnorm_normed", "rmsnorm_2_normed"]
+    assert layer["words"] == ["rmsnorm", "rmsnorm_2"]
+    assert "  layer, computing rmsnorm, rmsnorm_2 again: " in render_memory(memory_object(known))

@@ -10,6 +10,7 @@ import pytest
 from llmspec import dsl
 from llmspec.compiler import driver
 from llmspec.compiler.driver import Session
+from llmspec.compiler.errors import Refused
 from llmspec.compiler.graph import Unit
 from llmspec.compiler.ops.linear import linear
 from llmspec.compiler.placement import local_shape, parse_state
@@ -74,6 +75,18 @@ def share(unit: Unit, placement: UnitPlacement, ranks: int) -> float:
         whole += math.prod(weight.shape)
         local += math.prod(local_shape(weight.shape, state, ranks))
     return local / whole
+
+
+@pytest.mark.parametrize(("model", "ranks", "heads"), [("plain", 8, 4), ("transformers", 4, 2)])
+def test_tensor_ranks_share_whole_heads(folder: Path, model: str, ranks: int, heads: int) -> None:
+    """As in models of the language: heads are those of the traced graph."""
+    with pytest.raises(Refused) as raised:
+        planned(folder, model, f"tensor = {ranks}")
+    (found,) = raised.value.diagnostics
+    assert found.code == "E0403" and f"{ranks} tensor ranks" in found.message
+    assert f"{heads} key/value heads" in found.message
+    assert found.helps[0].endswith(f"or `tensor = {heads}`")
+    assert found.span is not None and found.span.line == 7
 
 
 @pytest.mark.parametrize("model", MODELS)
