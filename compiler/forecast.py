@@ -12,7 +12,7 @@ from typing import Any
 
 from llmspec.compiler.cost.memory import Ledger, Residence
 from llmspec.compiler.cost.network import group, inner_groups
-from llmspec.compiler.cost.offload import ledgers
+from llmspec.compiler.cost.offload import crossing_bytes, ledgers
 from llmspec.compiler.cost.play import Event, Played
 from llmspec.compiler.cost.rank import Holder
 from llmspec.compiler.cost.stage import Stage
@@ -88,6 +88,11 @@ class Priced:
             ledgers(h.stage, self.home(h), space.types, space.machine, offload)[0]
             for h in self.holders()
         ]
+
+    def crossing_bytes(self, holder: Holder) -> int:
+        """Of a rank's peak, what is on its way from and to the host."""
+        space, home = self.space, self.home(holder)
+        return crossing_bytes(holder.stage, home, space.types, space.machine, self.plan.offload)
 
     @cached_property
     def candidate(self) -> Candidate:

@@ -165,6 +165,7 @@ def _to_softmax(logits_RV: Tensor, target_R: Tensor) -> Tensor:
         logs = torch.log_softmax(logits_RV[rows], dim=1, dtype=wide)
         torch.neg(logs.gather(1, target_R[rows, None])[:, 0], out=loss_R[rows])
         torch.exp(logs, out=logits_RV[rows])
+        del logs  # before the next ones are made
     return loss_R
 
 

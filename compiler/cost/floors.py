@@ -8,11 +8,12 @@ from llmspec.compiler.cost.memory import (
     cast_bytes,
     gathered_bytes,
     gradient_bytes,
+    making,
     passing,
     software_bytes,
     working_bytes,
 )
-from llmspec.compiler.cost.offload import OPTIMIZER, PARAMETERS, Offload, arriving_bytes
+from llmspec.compiler.cost.offload import OPTIMIZER, PARAMETERS, Offload, crossing_bytes
 from llmspec.compiler.cost.stage import Stage
 from llmspec.compiler.cost.types import Types
 
@@ -24,7 +25,7 @@ def standing_bytes(
     elements = home.parts.largest(stage.elements, stage.expert_elements)
     size = gathered_bytes(stage, home, types) + home.message_bytes + machine.fixed_bytes
     if PARAMETERS in offload:
-        size += arriving_bytes(stage, home, types) if machine.pinned else 0
+        size += crossing_bytes(stage, home, types, machine, offload)
     else:
         size += types.weights * elements + (0 if OPTIMIZER in offload else types.moments * elements)
         size += software_bytes(stage, home, types, machine)
@@ -44,9 +45,10 @@ def beside_bytes(
     may run again."""
     around = passing(stage, home, types, "gradients" in machine.fused)
     last = stage.runs[-1]
+    cast, _ = cast_bytes(home, types)
     if block is None:
-        casts = cast_bytes(home, types)
-        block = 0 if last.block else working_bytes(last, home, types, casts, 0)
-    first = block + around[0][0][0].total
+        block = 0 if last.block else working_bytes(last, home, types, cast, 0)
+    ending = making(stage, home, types, cast, around)
+    first = max(block + around[0][0][0].total, ending.total if ending else 0)
     least = min(during.total for uses in around for during, _ in uses.values())
     return first, least

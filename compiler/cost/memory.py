@@ -133,8 +133,7 @@ def gradient_bytes(stage: Stage, home: Residence, types: Types) -> int:
 def gathered_bytes(stage: Stage, home: Residence, types: Types) -> int:
     """Weights in the compute type beyond what is stored, from the first moment to the last."""
     if home.zero == 0:
-        # buckets on their way in another type come later, when activations have made room
-        return stage.largest_elements * types.compute if types.mixed else 0
+        return 0
     if home.zero == 3:
         # the root stays from its forward to its backward; see `passing` for the rest
         root = 0 if home.gathers_experts else stage.root_expert_elements
@@ -289,14 +288,31 @@ def _summing(
     )
 
 
-def working_bytes(
-    run: Run, home: Residence, types: Types, casts: tuple[int, int], coming: int
-) -> int:
+def working_bytes(run: Run, home: Residence, types: Types, cast: int, coming: int) -> int:
     """Of a use that goes backward, beside what is kept, with the gradients of its weights so far.
-    `coming`: bytes of each that stays where it comes."""
-    if home.sums_each_time:
-        return run.working_bytes(0, types.compute)
-    return run.working_bytes(casts[0], coming if home.zero == 0 else 0)
+    `cast`: bytes of each weight that its use casts; `coming`: of each gradient that stays where it
+    comes; with ZeRO they stay as computed until the unit is through."""
+    return (
+        run.working_bytes(cast, coming) if home.zero == 0 else run.working_bytes(0, types.compute)
+    )
+
+
+def making(stage: Stage, home: Residence, types: Types, cast: int, around: Around) -> Moment | None:
+    """A forward that makes gradients, at the end of the chain; beside what is kept. ZeRO gathers
+    nothing ahead then, but still has what the last gather gave, from which weights were copied."""
+    last = stage.runs[-1] if stage.runs else None
+    if last is None or last.cost.making is None:
+        return None
+    working = last.cost.making.total(0, cast)
+    if home.zero == 0:
+        return Moment(working=working)
+    units = [sum(n) for run in reversed(stage.runs) if sum(n := _zero_elements(run, home))]
+    own = sum(_zero_elements(last, home)) if home.zero == 3 else 0
+    again = home.zero == 3 or home.microbatches == 1
+    given = next(iter(units), 0) if again else 0
+    during, _ = around[0][0]
+    beside = during._replace(gathered=types.compute * (own + given))
+    return Moment(working=working, beside=beside)
 
 
 def _zero_elements(run: Run, home: Residence) -> tuple[int, int]:
@@ -377,6 +393,14 @@ def backwards(stage: Stage, home: Residence, types: Types, in_place: bool = Fals
     return backward
 
 
+def first_moment(stage: Stage, alive: int, made: Moment | None) -> tuple[Moment, int]:
+    """What a backward begins with, and its bytes. `made`: by the forward that ends before it."""
+    if made is None:
+        return Moment(), 0
+    whole = made._replace(activations=alive, run=len(stage.runs) - 1, running=True)
+    return whole, whole.total
+
+
 def _peak(
     stage: Stage,
     types: Types,
@@ -389,11 +413,11 @@ def _peak(
     what a block computes again is there while the block runs. `coming`: bytes of each weight
     element whose gradient comes meanwhile and stays."""
     alive, made = stage.kept_bytes(*casts), 0
-    worst, most = Moment(), 0
+    worst, most = first_moment(stage, alive, making(stage, home, types, casts[0], around))
     for index, (run, uses) in enumerate(zip(reversed(stage.runs), around, strict=True), 1):
         held, returning = run.kept_bytes(*casts), run.returning_bytes(*casts)
         grown = coming * coming_elements(run, home) if coming else 0
-        working = working_bytes(run, home, types, casts, coming)
+        working = working_bytes(run, home, types, casts[0], coming)
         # uses between the second and the last are like these, and what changes does so evenly
         for place, (during, after) in uses.items():
             here, come = alive - place * held, made + place * grown

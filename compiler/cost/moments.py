@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
-
-Moments = tuple[tuple[int, int], ...]
-"""Of a unit's backward: (elements whose gradients have come, bytes beside what was kept as it
-began), the moments that no later one exceeds."""
+from typing import NamedTuple
 
 
-def fullest_of(moments: Moments, coming: int) -> int:
-    """`coming`: bytes of each element whose gradient comes meanwhile and stays."""
-    return max((coming * elements + size for elements, size in moments), default=0)
+class At(NamedTuple):
+    """One moment of a unit's backward. size_bytes: beside what is kept as it begins.
+
+    came: elements of weights whose gradients have come. cast: of those that autograd keeps as their
+    use cast them, negative as those go. turned: of those whose gradient is turned into the type of
+    the sum, and there in both.
+    """
+
+    came: int
+    cast: int
+    turned: int
+    size_bytes: int
+
+    def less(self, size_bytes: int) -> At:
+        return self._replace(size_bytes=self.size_bytes - size_bytes)
+
+    def total(self, coming: int, cast: int) -> int:
+        """Bytes. `coming`: of each element whose gradient comes and stays; `cast`: of each that its
+        use casts, and whose gradient so comes in another type than that of the sum."""
+        turned = cast + (0 if coming else FLOAT32) if cast else 0
+        return coming * self.came + cast * self.cast + turned * self.turned + self.size_bytes
 
 
-def worst_of(moments: list[tuple[int, int]]) -> Moments:
-    """`moments`: in order, elements never fewer."""
-    out: list[tuple[int, int]] = []
-    for elements, size in reversed(moments):
-        if not out or size > out[-1][1]:
-            if out and elements == out[-1][0]:
-                out.pop()
-            out.append((elements, size))
-    return tuple(reversed(out))
+Moments = tuple[At, ...]
+
+FLOAT32 = 4
+"""Bytes of an element as sums of short gradients are added to."""
+
+
+def fullest_of(moments: Moments, coming: int, cast: int) -> int:
+    """As of one moment; 0 if there is none."""
+    return max((at.total(coming, cast) for at in moments), default=0)
+
+
+def worst_of(moments: Iterable[At]) -> Moments:
+    """Without those that another one exceeds whatever an element takes."""
+    out: list[At] = []
+    for at in dict.fromkeys(moments):
+        if not any(_exceeds(other, at) for other in out):
+            out = [other for other in out if not _exceeds(at, other)] + [at]
+    return tuple(out)
+
+
+def _exceeds(one: At, other: At) -> bool:
+    return all(a >= b for a, b in zip(one, other, strict=True))
 
 
 @dataclass

@@ -19,9 +19,11 @@ from llmspec.compiler.cost.memory import (
     backwards,
     cast_bytes,
     coming_elements,
+    first_moment,
     fullest,
     gathered_bytes,
     ledger,
+    making,
     passing,
     working_bytes,
 )
@@ -136,7 +138,7 @@ def device_ledger(
     if OPTIMIZER in offload or PARAMETERS in offload:
         left = replace(left, optimizer=0)
     if PARAMETERS in offload:
-        arriving = arriving_bytes(stage, home, types) if machine.pinned else 0
+        arriving = crossing_bytes(stage, home, types, machine, offload)
         left = replace(left, parameters=0, gradients=0, buffers=left.buffers + arriving)
     if ACTIVATIONS in offload:
         peak = peak_of(stage, home, types, machine, offload)
@@ -148,8 +150,13 @@ def device_ledger(
     return left
 
 
-def arriving_bytes(stage: Stage, home: Residence, types: Types) -> int:
-    """A unit's stored part on its way to be gathered, and a reduced one on its way out."""
+def crossing_bytes(
+    stage: Stage, home: Residence, types: Types, machine: Machine, offload: Offload
+) -> int:
+    """On the device, of a unit's stored part on its way to be gathered and a reduced one on its way
+    out. On CPUs they are where they were."""
+    if PARAMETERS not in offload or not machine.pinned:
+        return 0
     largest, _ = stage.largest_units(home.gathers_experts)
     return (types.weights + types.gradients) * -(-largest // home.shards)
 
@@ -165,13 +172,16 @@ def _backwards(stage: Stage, home: Residence, types: Types, in_place: bool) -> B
     if home.receives and runs and runs[0].away:
         boundary += runs[0].input_bytes  # the pipeline holds it for the gradient to send back
     stays = sum(u.count * u.stays for u in runs)
+    ending = making(stage, home, types, casts[0], around[::-1])
 
     def backward(in_flight: float, coming: int) -> Moment:
         below, made = stays, 0
-        worst, most = Moment(), 0
+        # the last block has not left yet as the forward ends
+        here = stays + (runs[-2].away if len(runs) > 1 else 0)
+        worst, most = first_moment(stage, here, ending)
         for i, use in reversed(list(enumerate(runs))):
             grown = coming * use.coming
-            working = working_bytes(stage.runs[i], home, types, casts, coming)
+            working = working_bytes(stage.runs[i], home, types, casts[0], coming)
             # from one use to the one before it sums change evenly, but at both ends of a run
             for place in sorted({*around[i], max(use.count - 2, 0)}):
                 during, after = around[i].get(place) or around[i][1]

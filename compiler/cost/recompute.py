@@ -12,11 +12,13 @@ from torch import fx
 
 from llmspec.compiler.cost.compute import is_integer, operator_cost
 from llmspec.compiler.cost.hardware import Machine
-from llmspec.compiler.cost.moments import Moments, Waiting, worst_of
+from llmspec.compiler.cost.moments import At, Moments, Waiting, worst_of
 from llmspec.compiler.cost.network import Group
 from llmspec.compiler.cost.unit import (
     SMALLEST_SHARE,
     host_bytes,
+    kept_weights,
+    new_casts,
     operator_sends_s,
     parameter_nodes,
     priced_move,
@@ -75,7 +77,8 @@ class Step:
         keeps for its backward. extra_bytes: kept besides. size_bytes: of its result.
     working_bytes, making_bytes: of what its backward and its forward need besides. hands_on: as of
         its registry entry.
-    weights: elements of those whose gradients it makes, by name.
+    weights: elements of those whose gradients it makes, by name. casts: those of them that autograd
+        keeps for it as its use casts them. makes_gradients: as of its registry entry.
     sent_s: exposed seconds of what it sends, by axis.
     """
 
@@ -89,6 +92,8 @@ class Step:
     making_bytes: int = 0
     hands_on: bool = False
     weights: Mapping[str, int] = field(default_factory=dict)
+    casts: frozenset[str] = frozenset()
+    makes_gradients: bool = False
     computing_s: float = 0.0
     flops: float = 0.0
     sent_s: Mapping[str, float] = field(default_factory=dict)
@@ -158,7 +163,7 @@ class Flow:
             [s for s in self.steps.values() if s.name in runs],
             sizes,
             working_bytes=back,
-            moments=tuple((e, size - kept_bytes - back) for e, size in moments),
+            moments=tuple(at.less(kept_bytes + back) for at in moments),
         )
 
     def kept(self, operators: Operators) -> tuple[set[str], set[str]]:
@@ -185,13 +190,13 @@ class Flow:
         made = self.kept_values() - set(self.inputs)
         whole = sum(map(self.size_bytes, made)) + sum(s.extra_bytes for s in steps)
         _, moments = self._backward(set(), made)
-        moments = worst_of([(0, self._forward_bytes(made)), *moments])
+        moments = worst_of([At(0, 0, 0, self._forward_bytes(made)), *moments])
         return self._priced(
             EVERYTHING,
             steps[: last + 1] if after else steps[: max(last, 0)],
             list(self.inputs.values()),
             working_bytes=whole,
-            moments=tuple((e, size - whole) for e, size in moments),
+            moments=tuple(at.less(whole) for at in moments),
             keeps_casts=False,
         )
 
@@ -251,11 +256,12 @@ class Flow:
         extras = {s.name for s in self.steps.values() if s.extra_bytes and s.name not in runs}
         ran: set[str] = set()
         now = sum(map(self.size_bytes, alive)) + sum(self.steps[n].extra_bytes for n in extras)
-        worst = elements = 0
-        moments: list[tuple[int, int]] = []
+        worst = came = cast = 0
+        moments: list[At] = []
         waiting = Waiting()
         waiting.come(self.result, self.size_bytes(self.result))
-        came: set[str] = set()
+        seen: set[str] = set()
+        casts = new_casts({s.name: s.casts for s in self.steps.values()})
 
         def release(reader: str, values: Iterable[str]) -> None:
             nonlocal now
@@ -279,7 +285,7 @@ class Flow:
                 extras.add(name)
                 now += step.extra_bytes
             worst = max(worst, now)
-            moments.append((elements, now + waiting.total + step.making_bytes))
+            moments.append(At(came, -cast, 0, now + waiting.total + step.making_bytes))
             release(f"again {name}", step.reads)
 
         ahead = set(self.steps)
@@ -290,16 +296,21 @@ class Flow:
                 if name not in ran:
                     run(name)
             worst = max(worst, now)
-            elements += sum(n for w, n in step.weights.items() if w not in came)
-            came |= step.weights.keys()
             gradients: dict[Hashable, int] = {v: self.size_bytes(v) for v in step.reads}
             beside = waiting.through(step.name, gradients, hands_on=step.hands_on)
-            moments.append((elements, now + beside + step.working_bytes))
+            if not step.makes_gradients:
+                moments.append(At(came, -cast, 0, now + beside + step.working_bytes))
+            own = sum(n for w, n in step.weights.items() if w not in seen)
+            seen |= step.weights.keys()
+            came += own
+            cast += sum(step.weights[w] for w in casts[step.name])
             ahead.discard(step.name)
             if step.name in extras:
                 extras.remove(step.name)
                 now -= step.extra_bytes
             release(step.name, step.keeps)
+            if own:
+                moments.append(At(came, -cast, own, now + waiting.total))
         return worst, worst_of(moments)
 
     def values(self) -> list[str]:
@@ -427,6 +438,8 @@ def _step(
         hands_on=entry_of(node).hands_on,
         making_bytes=makes(node, shapes, width) if makes is not None else 0,
         weights={w: n for w, n in own.items() if w in weights_read(node)},
+        casts=frozenset(kept_weights(node, cost) & own.keys()),
+        makes_gradients=entry_of(node).makes_gradients,
         computing_s=cost.forward_s,
         flops=cost.flops,
         sent_s=sent,

@@ -66,7 +66,7 @@ class Run:
         """The most beside those, as operators of one use run and free what they needed. `coming`:
         bytes of each element whose gradient comes meanwhile and stays."""
         moments = self.recompute.moments if self.recompute else self.cost.moments
-        return fullest_of(moments, coming) + cast_bytes * self.cost.passing_elements
+        return fullest_of(moments, coming, cast_bytes)
 
     def cast_kept_bytes(self, cast_bytes: int, expert_cast_bytes: int | None = None) -> int:
         """Of the weights as its operators cast them."""

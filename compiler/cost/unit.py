@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from torch import fx
 
 from llmspec.compiler.cost.compute import OperatorCost, is_integer, local_shapes, operator_cost
 from llmspec.compiler.cost.hardware import WEIGHT, Machine
 from llmspec.compiler.cost.late import NOTHING_LATE, Late, late_of
-from llmspec.compiler.cost.moments import Moments, Waiting, worst_of
+from llmspec.compiler.cost.moments import At, Moments, Waiting, worst_of
 from llmspec.compiler.cost.network import Group, collective_s, exposed_s
 from llmspec.compiler.cost.software import gathered, in_gate, product_shapes
 from llmspec.compiler.graph import Unit
+from llmspec.compiler.ops.collective import is_collective
 from llmspec.compiler.ops.registry import (
     Choice,
     Sends,
@@ -37,6 +40,8 @@ from llmspec.compiler.placement import (
     parse_state,
 )
 from llmspec.compiler.plan import UnitPlacement
+
+K = TypeVar("K", bound=Hashable)
 
 SMALLEST_SHARE = 16
 """Of a block's input: smaller values stay on the device (runtime/host_activations.py has the same):
@@ -156,7 +161,7 @@ class UnitCost:
     input_bytes, output_bytes: of the value that flows, as it crosses the unit's boundary.
     working_bytes: of what the unit's worst operator needs besides to run backward. moments: of its
         backward, what operators free of what they kept subtracted.
-    passing_elements: of parameters whose use casts them and keeps nothing of that, alive then too.
+    making: the moment of a forward that makes gradients, where it does.
     elements: of its own parameters, here. shadow_elements: those whose gradient is a sum over
         ranks. cast_elements: of parameters that autograd keeps in the compute type when each use
         casts. expert_*: of these, what the expert ranks have split.
@@ -182,8 +187,8 @@ class UnitCost:
     input_bytes: int = 0
     output_bytes: int = 0
     working_bytes: int = 0
-    passing_elements: int = 0
     moments: Moments = ()
+    making: At | None = None
     elements: int = 0
     shadow_elements: int = 0
     cast_elements: int = 0
@@ -319,20 +324,35 @@ class _Tally:
 
     def moments(self, costs: list[OperatorCost], elements: Mapping[str, int]) -> Moments:
         """As the backward goes: each operator's gradients of weights come, what it needed goes."""
-        freed = later = 0
-        found = []
+        calls = self.unit.calls()
+        casts = new_casts({n: kept_weights(n, c) for n, c in zip(calls, costs, strict=True)})
+        freed = later = cast = came = 0
+        found: list[At] = []
         waiting = Waiting()
         result = self.unit.result()
         waiting.come(result, self.bytes_of(result, self.layout.boundary_out))
-        came: set[str] = set()
-        for node, cost in reversed(list(zip(self.unit.calls(), costs, strict=True))):
-            came |= weights_read(node) & elements.keys()
+        seen: set[str] = set()
+        for node, cost in reversed(list(zip(calls, costs, strict=True))):
             beside = waiting.through(node, self.gradients(node), hands_on=hands_on(node))
-            found.append((sum(elements[w] for w in came), beside + cost.working_bytes - freed))
+            if not entry_of(node).makes_gradients:  # whose work its forward has done
+                found.append(At(came, -cast, 0, beside + cost.working_bytes - freed))
+            own = sum(elements[w] for w in (weights_read(node) & elements.keys()) - seen)
+            seen |= weights_read(node)
+            came, cast = came + own, cast + sum(elements[w] for w in casts[node] & elements.keys())
             freed, later = freed + later, self.frees[node]
             if entry_of(node).overwrites not in self.machine.fused:
                 freed, later = freed + later, 0  # else the gradient is there
+            if own:
+                found.append(At(came, -cast, own, waiting.total - freed))
         return worst_of(found)
+
+    def making(self, costs: list[OperatorCost], elements: Mapping[str, int]) -> At | None:
+        """Of an operator that makes gradients as it goes forward: it keeps no weights."""
+        for node, cost in zip(self.unit.calls(), costs, strict=True):
+            if entry_of(node).makes_gradients:
+                cast = sum(elements[w] for w in weights_read(node) - self.cast)
+                return At(0, cast, 0, cost.working_bytes)
+        return None
 
     def gradients(self, node: fx.Node) -> dict[Hashable, int]:
         """Bytes of those of its operands."""
@@ -349,6 +369,30 @@ class _Tally:
 
 def hands_on(node: fx.Node) -> bool:
     return entry_of(node).hands_on or same_memory(node)
+
+
+def weight_under(node: fx.Node) -> fx.Node | None:
+    """The weight that a value is, perhaps in another shape."""
+    while node.op == "call_function" and not is_collective(node) and same_memory(node):
+        node = tensor_operands(node)[0]
+    return node if node.op == "get_attr" and not is_integer(node) else None
+
+
+def kept_weights(node: fx.Node, cost: OperatorCost) -> set[str]:
+    """That it keeps for its backward, by name."""
+    operands = tensor_operands(node)
+    found = [weight_under(operands[i]) for i in cost.saved.operands]
+    return {str(w.target) for w in found if w is not None}
+
+
+def new_casts(kept: Mapping[K, AbstractSet[str]]) -> dict[K, AbstractSet[str]]:
+    """Of each operator, in their order, the weights that none before it has kept."""
+    seen: set[str] = set()
+    out: dict[K, AbstractSet[str]] = {}
+    for operator, own in kept.items():
+        out[operator] = own - seen
+        seen |= own
+    return out
 
 
 def weights_read(node: fx.Node) -> set[str]:
@@ -413,13 +457,6 @@ def unit_cost(
     own = {p: e for p, e in elements.items() if unit.parameters[p].tied is None}
     shadow = {p: e for p, e in own.items() if layout.parameters[p] == SHADOW}
     cast = {p: elements[p] for p in tally.cast}
-    passing = {
-        str(operand.target)
-        for node in unit.calls()
-        if entry_of(node).makes_gradients
-        for operand in tensor_operands(node)
-        if operand.op == "get_attr"
-    }
     kept = [*tally.extras, *(tally.bytes_of(*key) for key in tally.kept)]
     away = [size for size in kept if size and size >= into // SMALLEST_SHARE]
     shared = len(elements) if where.ranks > 1 else 0
@@ -447,8 +484,8 @@ def unit_cost(
         input_bytes=into,
         output_bytes=tally.bytes_of(unit.result(), layout.boundary_out),
         working_bytes=max((c.working_bytes for c in costs), default=0),
-        passing_elements=sum(elements[p] for p in passing - tally.cast),
         moments=tally.moments(costs, own),
+        making=tally.making(costs, elements),
         elements=sum(own.values()),
         shadow_elements=sum(shadow.values()),
         cast_elements=sum(cast.values()),

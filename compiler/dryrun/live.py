@@ -16,6 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from llmspec.compiler.dryrun.places import Place, Places
 
+LIKE = torch.ops.aten.zeros_like.default
+"""What it makes is where its operand is: an optimizer's state beside its parameter."""
+
 
 class Origin(NamedTuple):
     """What made a storage, and the tensor that it was first."""
@@ -117,7 +120,7 @@ class LiveBytes(TorchDispatchMode):
             found[self.origins[number]] += size
         return +found
 
-    def see(self, tensor: Tensor, what: object = "") -> None:
+    def see(self, tensor: Tensor, what: object = "", *, on_host: bool = False) -> None:
         if type(tensor).__name__ == "DTensor":
             tensor = tensor._local_tensor  # type: ignore[attr-defined]
         if tensor.device.type == "meta":
@@ -132,10 +135,13 @@ class LiveBytes(TorchDispatchMode):
                 place = self.places.now()
                 made = Origin(str(what), place, str(tensor.dtype)[6:], tuple(tensor.shape))
                 self.origins.append(made)
-        if key not in self.away and self.is_host(storage):
+        if key not in self.away and (on_host or self.is_host(storage)):
             self.resize(key, 0)
             self.away.add(key)
         self.resize(key, storage.nbytes())
+
+    def _is_away(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self.away
 
     def resize(self, key: int, size: int) -> None:
         if key in self.sizes:
@@ -172,7 +178,7 @@ class LiveBytes(TorchDispatchMode):
         if self.blind:
             return out
         if isinstance(out, Tensor):
-            self.see(out, function)
+            self.see(out, function, on_host=function is LIKE and self._is_away(args[0]))
         else:
             for leaf in tree_leaves(out):
                 if isinstance(leaf, Tensor):

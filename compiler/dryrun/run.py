@@ -62,8 +62,8 @@ class Role:
     peak_bytes: of live tensors in a steady step, what PyTorch and NCCL need besides left out;
         peak_at: the operator that reached it; peak_place: its line. at_peak: what was alive then,
         the largest first. resting_bytes: alive between two steps.
-    predicted_bytes: the ledger's peak without its fixed part. collectives: of one step;
-        predicted_collectives: what the plan says of this rank.
+    predicted_bytes: the ledger's peak without its fixed part and what crosses to and from the host.
+    collectives: of one step; predicted_collectives: what the plan says of this rank.
     counted: micro-batches of the step that were counted like the ones before them, and did not run.
     """
 
@@ -142,7 +142,7 @@ def _part(known: Priced, rank: int) -> object:
 
 
 def _role(known: Priced, rank: int, seen: dict[str, Any]) -> Role:
-    ledger = known.ledgers()[rank]
+    ledger, crossing = known.ledgers()[rank], known.crossing_bytes(known.holders()[rank])
     return Role(
         pipeline_rank=rank,
         peak_bytes=seen["peak_bytes"],
@@ -153,7 +153,7 @@ def _role(known: Priced, rank: int, seen: dict[str, Any]) -> Role:
             for operator, place, dtype, shape, size in seen["at_peak"]
         ),
         resting_bytes=seen["resting_bytes"],
-        predicted_bytes=ledger.total - ledger.fixed,
+        predicted_bytes=ledger.total - ledger.fixed - crossing,
         collectives=tuple(tuple(one) for one in seen["collectives"]),
         predicted_collectives=_said(known, rank),
         places=tuple((*one[:3], tuple(one[3])) for one in seen["places"]),

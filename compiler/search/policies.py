@@ -187,15 +187,18 @@ class Policies:
         microbatch: int,
         counts: Mapping[str, int],
         casts: Mapping[str, int],
+        cast: int,
         *,
         away: bool = False,
     ) -> Mixtures:
         """Of the blocks of one stage: how many of each unit, and the bytes of a block's cast
-        weights that autograd keeps. away: what they keep waits in host memory."""
-        key = (id(option), microbatch, tuple(counts.items()), tuple(casts.items()), away)
+        weights that autograd keeps, `cast` of each element. away: what they keep waits in host
+        memory."""
+        key = (id(option), microbatch, tuple(counts.items()), tuple(casts.items()), cast, away)
         if key not in self.mixtures:
+            found = {name: self.choices(option, microbatch, name) for name in counts}
             units = tuple(
-                _Choices(name, count, self.choices(option, microbatch, name), casts[name], away)
+                _Choices(name, count, found[name], casts[name], cast, away)
                 for name, count in counts.items()
             )
             self.mixtures[key] = Mixtures(units)
@@ -204,20 +207,21 @@ class Policies:
 
 @dataclass(frozen=True, slots=True)
 class _Choices:
-    """Of one unit's `count` blocks in a stage, with the bytes of its cast weights. away: see
-    `Policies.mix`."""
+    """Of one unit's `count` blocks in a stage. cast_bytes: of its weights as its uses cast them,
+    cast: of one element of them. away: see `Policies.mix`."""
 
     unit: str
     count: int
     found: list[Again]
     cast_bytes: int
+    cast: int
     away: bool
 
     def kept(self, again: Again) -> int:
         return again.kept_bytes + (self.cast_bytes if again.keeps_casts else 0)
 
     def returning(self, again: Again) -> int:
-        moving = again.working_bytes + fullest_of(again.moments, 0)
+        moving = again.working_bytes + fullest_of(again.moments, 0, self.cast)
         return moving + (0 if again.keeps_casts else self.cast_bytes)
 
     def leaving(self, again: Again) -> int:
@@ -301,14 +305,14 @@ def _mixtures_of(own: _Choices, found: list[Again]) -> _Table:
     )
 
 
-def _least(found: Sequence[Again]) -> Again:
+def _least(found: Sequence[Again], cast: int) -> Again:
     """What no choice has fewer bytes than, wherever these are: it bounds every mixture's ledger."""
     away = min(a.away_bytes for a in found)
     return Again(
         kept_bytes=away + min(a.kept_bytes - a.away_bytes for a in found),
         away_bytes=away,
         keeps_casts=all(a.keeps_casts for a in found),
-        working_bytes=min(a.working_bytes + fullest_of(a.moments, 0) for a in found),
+        working_bytes=min(a.working_bytes + fullest_of(a.moments, 0, cast) for a in found),
     )
 
 
@@ -321,7 +325,9 @@ class Mixtures:
     def __init__(self, units: tuple[_Choices, ...]):
         self.units = tuple(u.unit for u in units)
         self.found = [own.worthwhile() for own in units]
-        self.least = {u: _least(found) for u, found in zip(self.units, self.found, strict=True)}
+        self.least = {
+            u.unit: _least(found, u.cast) for u, found in zip(units, self.found, strict=True)
+        }
         self.returning = {u.unit: min(map(u.returning, u.found)) for u in units}
         first, *others = (_mixtures_of(u, f) for u, f in zip(units, self.found, strict=True))
         table = first
@@ -392,7 +398,7 @@ def fitting(
     of_each = bare.named_runs(blocks)  # "" for what stands alone
     weights = {name: run.cast_kept_bytes(*casts) for name, run in of_each if name}
     away = ACTIVATIONS in offload
-    mixtures = policies.mix(option, microbatch, counts, weights, away=away)
+    mixtures = policies.mix(option, microbatch, counts, weights, casts[0], away=away)
     if away:
         runs = tuple(replace(r, recompute=mixtures.least[n]) if n else r for n, r in of_each)
         least = Stage(runs, bare.tied_elements)

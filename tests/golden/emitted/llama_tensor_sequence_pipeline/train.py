@@ -34,7 +34,7 @@ FLOPS_PER_TOKEN = 1.44263e10  # model, not hardware
 PEAK_FLOPS = 9.89e14  # of one device, bf16, dense
 # what plan.json predicts; the run ends with what was measured beside it
 STEP_S = 0.377019
-MEMORY_BYTES = 12471533568  # 11.6 GiB, of tensors, on the fullest GPU
+MEMORY_BYTES = 12208865280  # 11.4 GiB, of tensors, on the fullest GPU
 COMPUTE = torch.bfloat16  # weights are float32
 
 # what each pipeline rank does in a step: stage, action, micro-batch

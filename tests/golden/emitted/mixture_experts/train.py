@@ -34,7 +34,7 @@ FLOPS_PER_TOKEN = 1.368e09  # model, not hardware
 PEAK_FLOPS = 9.89e14  # of one device, bf16, dense
 # what plan.json predicts; the run ends with what was measured beside it
 STEP_S = 0.0533245
-MEMORY_BYTES = 7944816130  # 7.4 GiB, of tensors, on the fullest GPU
+MEMORY_BYTES = 7889206786  # 7.35 GiB, of tensors, on the fullest GPU
 COMPUTE = torch.bfloat16  # weights are float32
 REDUCE = torch.float32  # gradients are summed in it
 
