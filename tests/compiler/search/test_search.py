@@ -76,9 +76,10 @@ def test_a_batch_that_no_mesh_divides_names_the_nearest():
 
 
 def test_pins_that_contradict_the_cluster_are_refused():
-    spec = program(tiny_llama(), cluster(1, 8), batch=8, plan=(pin("tensor", 3),))
-    with pytest.raises(Refused, match="no mesh of 8 devices"):
-        run(spec)
+    for key, reason in (("data", "no mesh of 8 devices"), ("tensor", "2 key/value heads")):
+        spec = program(tiny_llama(), cluster(1, 8), batch=8, plan=(pin(key, 3),))
+        with pytest.raises(Refused, match=reason):
+            run(spec)
 
 
 MIDDLING = llama(layers=4, width=1024, heads=8, kv_heads=4, ffn=2048, vocab=8192, context=512)
