@@ -84,7 +84,7 @@ def ledgers(
     stage: Stage, home: Residence, types: Types, machine: Machine, offload: Offload
 ) -> tuple[Ledger, HostLedger]:
     """Of device and host."""
-    home = _as_they_leave(home, offload)
+    home = as_they_leave(home, offload)
     whole = ledger(stage, home, types, machine)
     if not offload:
         return whole, NO_HOST
@@ -92,7 +92,7 @@ def ledgers(
     return device_ledger(whole, stage, home, types, machine, offload), there
 
 
-def _as_they_leave(home: Residence, offload: Offload) -> Residence:
+def as_they_leave(home: Residence, offload: Offload) -> Residence:
     """Gradients of parameters in host memory go there as they come: none add up on the device."""
     return replace(home, standing=True) if PARAMETERS in offload else home
 
@@ -101,7 +101,7 @@ def peak_of(
     stage: Stage, home: Residence, types: Types, machine: Machine, offload: Offload
 ) -> Moment:
     """The moment whose activations and buffers are the ledger's."""
-    home, in_place = _as_they_leave(home, offload), "gradients" in machine.fused
+    home, in_place = as_they_leave(home, offload), "gradients" in machine.fused
     there = _backwards if ACTIVATIONS in offload else backwards
     return fullest(stage, home, types, there(stage, home, types, in_place))
 

@@ -3,24 +3,27 @@ time."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby
 
 import numpy as np
 
-from llmspec.compiler.cost.floors import beside_bytes, standing_bytes
+from llmspec.compiler.cost.floors import standing_bytes
 from llmspec.compiler.cost.fused import Computing, computing
 from llmspec.compiler.cost.hardware import Machine
 from llmspec.compiler.cost.memory import (
     Residence,
     cast_bytes,
+    coming_elements,
     gradient_bytes,
+    making,
+    passing,
+    working_bytes,
 )
-from llmspec.compiler.cost.moments import fullest_of
-from llmspec.compiler.cost.offload import ACTIVATIONS, PARAMETERS, Offload, away_bytes, ledgers
+from llmspec.compiler.cost.offload import ACTIVATIONS, Offload, as_they_leave, away_bytes, ledgers
 from llmspec.compiler.cost.recompute import Again, Flow, Operators, flow_of
 from llmspec.compiler.cost.stage import Run, Stage
 from llmspec.compiler.cost.types import Types
@@ -32,16 +35,12 @@ from llmspec.compiler.ops.registry import entry_of
 from llmspec.compiler.passes.fuse import fuse_unit, members_of
 from llmspec.compiler.passes.shard import shard_unit, whole_placement
 from llmspec.compiler.plan import EVERYTHING
+from llmspec.compiler.search.mixtures import Choices, Chosen, Kind, Limits, Mixtures, Split
 from llmspec.compiler.search.options import TensorOption
 from llmspec.compiler.search.recompute import corners
 from llmspec.dsl.diagnostics import Diagnostic, did_you_mean, listing
 from llmspec.dsl.plans import operator_kind
 from llmspec.dsl.program import Span
-
-Chosen = tuple[Operators, ...]
-"""What each instance of a stretch of the chain computes again."""
-TRIES = 64
-"""Mixtures whose ledger is worked out before a stage counts as one that nothing makes fit."""
 
 
 def lowered(graph: ModelGraph, option: TensorOption, name: str) -> Unit:
@@ -187,187 +186,18 @@ class Policies:
         microbatch: int,
         counts: Mapping[str, int],
         casts: Mapping[str, int],
-        cast: int,
-        *,
-        away: bool = False,
+        kind: Kind,
     ) -> Mixtures:
         """Of the blocks of one stage: how many of each unit, and the bytes of a block's cast
-        weights that autograd keeps, `cast` of each element. away: what they keep waits in host
-        memory."""
-        key = (id(option), microbatch, tuple(counts.items()), tuple(casts.items()), cast, away)
-        if key not in self.mixtures:
-            found = {name: self.choices(option, microbatch, name) for name in counts}
-            units = tuple(
-                _Choices(name, count, found[name], casts[name], cast, away)
-                for name, count in counts.items()
-            )
-            self.mixtures[key] = Mixtures(units)
-        return self.mixtures[key]
-
-
-@dataclass(frozen=True, slots=True)
-class _Choices:
-    """Of one unit's `count` blocks in a stage. cast_bytes: of its weights as its uses cast them,
-    cast: of one element of them. away: see `Policies.mix`."""
-
-    unit: str
-    count: int
-    found: list[Again]
-    cast_bytes: int
-    cast: int
-    away: bool
-
-    def kept(self, again: Again) -> int:
-        return again.kept_bytes + (self.cast_bytes if again.keeps_casts else 0)
-
-    def returning(self, again: Again) -> int:
-        moving = again.working_bytes + fullest_of(again.moments, 0, self.cast)
-        return moving + (0 if again.keeps_casts else self.cast_bytes)
-
-    def leaving(self, again: Again) -> int:
-        """Of those kept, what waits in host memory."""
-        return again.away_bytes if self.away else 0
-
-    def worthwhile(self) -> list[Again]:
-        """Those that no other beats, from the most bytes kept to the fewest."""
-        out: list[Again] = []
-        order = sorted(self.found, key=lambda a: (self.kept(a), a.whole_s, a.working_bytes))
-        for one in order:
-            if not out or one.whole_s < out[-1].whole_s:
-                out.append(one)
-        return out[::-1]
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """The first `count` of one unit's blocks compute `first` again, the others `rest`."""
-
-    first: Operators
-    count: int
-    rest: Operators
-
-
-@dataclass(frozen=True, slots=True)
-class _Table:
-    """Mixtures: seconds and kept bytes of one micro-batch, those of them that stay on the device,
-    and the most bytes there at once as the blocks go backward (of a single unit's blocks; else what
-    stays). rows: of each unit, the places of its choices for the first and the other blocks, and
-    how many the first are."""
-
-    seconds: np.ndarray
-    kept: np.ndarray
-    stays: np.ndarray
-    most: np.ndarray
-    rows: np.ndarray
-
-    def take(self, order: np.ndarray) -> _Table:
-        numbers = (self.seconds, self.kept, self.stays, self.most, self.rows)
-        return _Table(*(column[order] for column in numbers))
-
-    def times(self, other: _Table) -> _Table:
-        seconds = (self.seconds[:, None] + other.seconds[None, :]).ravel()
-        kept = (self.kept[:, None] + other.kept[None, :]).ravel()
-        stays = (self.stays[:, None] + other.stays[None, :]).ravel()
-        left = np.repeat(self.rows, len(other.rows), axis=0)
-        right = np.tile(other.rows, (len(self.rows), 1, 1))
-        return _Table(seconds, kept, stays, stays, np.concatenate([left, right], axis=1))
-
-    def not_beaten(self) -> _Table:
-        """The fewest bytes at each time."""
-        order = np.lexsort((self.kept, self.seconds))
-        kept = self.kept[order]
-        least = np.minimum.accumulate(kept)
-        return self.take(order[np.concatenate([[True], kept[1:] < least[:-1]])])
-
-
-def _mixtures_of(own: _Choices, found: list[Again]) -> _Table:
-    seconds = np.array([a.whole_s for a in found])
-    kept = np.array([own.kept(a) for a in found], dtype=float)
-    away = np.array([own.leaving(a) for a in found], dtype=float)
-    stay, back = kept - away, away + np.array([own.returning(a) for a in found])
-    count = np.arange(own.count)
-    more, less, first = np.meshgrid(np.arange(len(found)), np.arange(len(found)), count)
-    # the same for all is one choice, with none of it first
-    open_ = ((less > more) & (first > 0)) | ((less == more) & (first == 0))
-    more, less, first = more[open_], less[open_], first[open_]
-    rest = own.count - first
-    early = first * stay[less]
-    # as a block goes backward, the one before it comes back
-    coming = np.where(rest > 1, away[more], np.where(first > 0, away[less], 0))
-    most = early + rest * stay[more] + back[more] + coming
-    sooner = early + back[less] + np.where(first > 1, away[less], 0)
-    return _Table(
-        first * seconds[less] + rest * seconds[more],
-        first * kept[less] + rest * kept[more],
-        early + rest * stay[more],
-        np.where(first > 0, np.maximum(most, sooner), most),
-        np.stack([less, first, more], axis=1)[:, None, :],
-    )
-
-
-def _least(found: Sequence[Again], cast: int) -> Again:
-    """What no choice has fewer bytes than, wherever these are: it bounds every mixture's ledger."""
-    away = min(a.away_bytes for a in found)
-    return Again(
-        kept_bytes=away + min(a.kept_bytes - a.away_bytes for a in found),
-        away_bytes=away,
-        keeps_casts=all(a.keeps_casts for a in found),
-        working_bytes=min(a.working_bytes + fullest_of(a.moments, 0, cast) for a in found),
-    )
-
-
-class Mixtures:
-    """Every way to have at most two choices for each unit's blocks of one stage, the one that keeps
-    less in the earlier blocks: what they compute again is back when the later ones are gone.
-
-    returning: the fewest bytes that go with one block's backward, by unit."""
-
-    def __init__(self, units: tuple[_Choices, ...]):
-        self.units = tuple(u.unit for u in units)
-        self.found = [own.worthwhile() for own in units]
-        self.least = {
-            u.unit: _least(found, u.cast) for u, found in zip(units, self.found, strict=True)
-        }
-        self.returning = {u.unit: min(map(u.returning, u.found)) for u in units}
-        first, *others = (_mixtures_of(u, f) for u, f in zip(units, self.found, strict=True))
-        table = first
-        for other in others:
-            table = table.not_beaten().times(other.not_beaten())
-        self.table = table.take(np.lexsort((table.most, table.kept, table.seconds)))
-
-    def within(
-        self, in_flight: float, kept_bytes: float, most_bytes: float, *, some: bool
-    ) -> Iterator[tuple[Split, ...]]:
-        """Those that may fit, the fastest first: of `in_flight` micro-batches stay at most
-        kept_bytes, and in the last one's backward there are at most most_bytes. `some`: something
-        must run again."""
-        table = self.table
-        fits = in_flight * table.stays <= kept_bytes
-        fits &= (in_flight - 1) * table.stays + table.most <= most_bytes
-        for place in np.flatnonzero(fits)[: TRIES + 1]:
-            if not (some and table.seconds[place] == 0.0):
-                yield self._splits(table.rows[place])
-
-    def _splits(self, row: np.ndarray) -> tuple[Split, ...]:
-        return tuple(
-            Split(found[less].operators, int(first), found[more].operators)
-            for found, (less, first, more) in zip(self.found, row, strict=True)
+        weights that autograd keeps."""
+        units = tuple(
+            Choices(name, count, self.choices(option, microbatch, name), casts[name])
+            for name, count in counts.items()
         )
-
-    def spread(self, splits: Sequence[Split], names: Sequence[str]) -> Chosen:
-        """The choice of each of a stage's instances, `names` their units; "" for what stands
-        alone."""
-        by_unit = dict(zip(self.units, splits, strict=True))
-        seen = dict.fromkeys(self.units, 0)
-        out: list[Operators] = []
-        for name in names:
-            if name not in by_unit:
-                out.append(())
-                continue
-            split = by_unit[name]
-            out.append(split.first if seen[name] < split.count else split.rest)
-            seen[name] += 1
-        return tuple(out)
+        key = tuple((u.unit, u.count, id(u.found), u.cast_bytes) for u in units), kind
+        if key not in self.mixtures:
+            self.mixtures[key] = Mixtures(units, kind)
+        return self.mixtures[key]
 
 
 def fitting(
@@ -388,6 +218,7 @@ def fitting(
     stands alone.
     """
     types, machine = policies.types, policies.machine
+    home = as_they_leave(home, offload)
     nothing: Chosen = ((),) * len(blocks)
     if not some and ledgers(bare, home, types, machine, offload)[0].total <= budget_bytes:
         return nothing
@@ -398,26 +229,27 @@ def fitting(
     of_each = bare.named_runs(blocks)  # "" for what stands alone
     weights = {name: run.cast_kept_bytes(*casts) for name, run in of_each if name}
     away = ACTIVATIONS in offload
-    mixtures = policies.mix(option, microbatch, counts, weights, casts[0], away=away)
+    kind = _kind(blocks, home, types, away)
+    mixtures = policies.mix(option, microbatch, counts, weights, kind)
     if away:
         runs = tuple(replace(r, recompute=mixtures.least[n]) if n else r for n, r in of_each)
         least = Stage(runs, bare.tied_elements)
         if ledgers(least, home, types, machine, offload)[0].total > budget_bytes:
             return None
     spare = budget_bytes - standing_bytes(bare, home, types, machine, offload)
-    block = mixtures.returning.get(of_each[-1][0])
-    beside = beside_bytes(bare, home, types, machine, block)
-    kept_bytes, most_bytes = _limits(of_each, home, casts, spare, beside, away)
-    if home.first_is_fullest and home.microbatches > 1 and PARAMETERS not in offload:
+    beside = _beside(of_each, bare, home, types, machine)
+    limits = _limits(of_each, home, casts, spare, beside, away)
+    if home.first_is_fullest and home.microbatches > 1:
         # the backward after the first finds all gradients, and one micro-batch less
         sent = bare.output_bytes if home.sends_on else 0
         spare += sent - gradient_bytes(bare, home, types)
         fewer = replace(home, in_flight=home.in_flight - 1)
-        kept, _ = _limits(of_each, fewer, casts, spare, beside, away)
-        kept_bytes = min(kept_bytes, kept * home.in_flight / fewer.in_flight)
+        kept = _limits(of_each, fewer, casts, spare, beside, away).kept_bytes
+        kept = min(limits.kept_bytes, kept * home.in_flight / fewer.in_flight)
+        limits = replace(limits, kept_bytes=kept)
     if away and not _adjoin(of_each):
-        most_bytes = math.inf
-    for splits in mixtures.within(home.in_flight, kept_bytes, most_bytes, some=some):
+        limits = replace(limits, rooms={})
+    for splits in mixtures.within(limits, some=some):
         pick = dict(zip(mixtures.units, splits, strict=True))
         made = _mixed(of_each, pick, partial(policies.again, option, microbatch))
         stage = Stage(made, bare.tied_elements)
@@ -458,14 +290,55 @@ def _mixed(
     return tuple(out)
 
 
+def _kind(blocks: Sequence[str], home: Residence, types: Types, away: bool) -> Kind:
+    names = [name for name in blocks if name]
+    in_order = sum(1 for _ in groupby(names)) == len(set(names))
+    if home.zero:
+        return Kind(away=away, in_order=in_order, coming=types.compute)
+    coming = types.gradients if home.first_is_fullest else 0
+    return Kind(away=away, in_order=in_order, coming=coming, cast=cast_bytes(home, types)[0])
+
+
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """Bytes beside what is kept: as the backward begins; by unit, in the chain's order, as each of
+    its blocks goes backward, and when it is through."""
+
+    first: int
+    by_unit: dict[str, np.ndarray]
+
+
+def _beside(
+    runs: list[tuple[str, Run]], bare: Stage, home: Residence, types: Types, machine: Machine
+) -> _Beside:
+    casts = cast_bytes(home, types)
+    around = passing(bare, home, types, "gradients" in machine.fused)
+    coming = types.gradients if home.first_is_fullest else 0
+    found: dict[str, list[tuple[int, int]]] = {}
+    made = 0
+    for (name, run), uses in zip(reversed(runs), around, strict=True):
+        # of blocks it is their choice's
+        working = 0 if name else working_bytes(run, home, types, casts[0], coming)
+        grown = coming * coming_elements(run, home)
+        own = found.setdefault(name, [])
+        for place in range(run.count):
+            during, after = uses.get(place) or uses[1]
+            own.append((working + during.total + made, after.total + made + grown))
+            made += grown
+    first, _ = next(iter(found.values()))[0]
+    ending = making(bare, home, types, casts[0], around)
+    first = first if ending is None else max(first, ending.total)
+    return _Beside(first, {name: np.array(own[::-1]).T for name, own in found.items()})
+
+
 def _limits(
     runs: list[tuple[str, Run]],
     home: Residence,
     casts: tuple[int, int],
     spare: int,
-    beside: tuple[int, int],
+    beside: _Beside,
     away: bool,
-) -> tuple[float, float]:
+) -> Limits:
     """What may stay of blocks of all micro-batches in flight, and how much there may be of blocks
     in the last one's backward. Both are needed; the ledger has the last word."""
     alone = [
@@ -473,9 +346,12 @@ def _limits(
         for name, run in runs
     ]
     first = next(i for i, (name, _) in enumerate(runs) if name)
-    before = sum(alone[:first])
-    kept = spare - home.in_flight * sum(alone) - beside[0]
-    return kept, spare - (home.in_flight - 1) * sum(alone) - before - beside[1]
+    most = spare - (home.in_flight - 1) * sum(alone) - sum(alone[:first])
+    return Limits(
+        in_flight=home.in_flight,
+        kept_bytes=spare - home.in_flight * sum(alone) - beside.first,
+        rooms={name: (most - a, most - b) for name, (a, b) in beside.by_unit.items()},
+    )
 
 
 # --------------------------------------------------------------------------------------------------
