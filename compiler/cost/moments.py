@@ -6,6 +6,8 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 
 class At(NamedTuple):
     """One moment of a unit's backward. size_bytes: beside what is kept as it begins.
@@ -43,15 +45,10 @@ def fullest_of(moments: Moments, coming: int, cast: int) -> int:
 
 def worst_of(moments: Iterable[At]) -> Moments:
     """Without those that another one exceeds whatever an element takes."""
-    out: list[At] = []
-    for at in dict.fromkeys(moments):
-        if not any(_exceeds(other, at) for other in out):
-            out = [other for other in out if not _exceeds(at, other)] + [at]
-    return tuple(out)
-
-
-def _exceeds(one: At, other: At) -> bool:
-    return all(a >= b for a, b in zip(one, other, strict=True))
+    known = list(dict.fromkeys(moments))
+    rows = np.array(known, dtype=np.int64).reshape(-1, len(At._fields))
+    exceeded = (rows[None] >= rows[:, None]).all(axis=2).sum(axis=1) > 1
+    return tuple(at for at, less in zip(known, exceeded.tolist(), strict=True) if not less)
 
 
 @dataclass

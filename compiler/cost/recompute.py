@@ -153,17 +153,24 @@ class Flow:
             return self._everything()
         runs = self.needed(operators)
         kept = self._kept(runs)
+        made = self._traded(runs, kept)
+        most, moments = self._backward(runs, kept)
+        back = max(0, most - made.kept_bytes)
+        going = tuple(at.less(made.kept_bytes + back) for at in moments)
+        return replace(made, working_bytes=back, moments=going)
+
+    def traded(self, operators: tuple[str, ...]) -> Again:
+        """Seconds for bytes kept, without what there is besides while the unit goes backward."""
+        runs = self.needed(operators)
+        return self._traded(runs, self._kept(runs))
+
+    def _traded(self, runs: set[str], kept: set[str]) -> Again:
         sizes = [self.size_bytes(v) for v in kept]
         sizes += [s.extra_bytes for s in self.steps.values() if s.name not in runs]
-        kept_bytes = sum(sizes)
-        most, moments = self._backward(runs, kept)
-        back = max(0, most - kept_bytes)
         return self._priced(
             tuple(n for n in self.steps if n in runs),
             [s for s in self.steps.values() if s.name in runs],
             sizes,
-            working_bytes=back,
-            moments=tuple(at.less(kept_bytes + back) for at in moments),
         )
 
     def kept(self, operators: Operators) -> tuple[set[str], set[str]]:
@@ -206,8 +213,8 @@ class Flow:
         steps: Iterable[Step],
         sizes: list[int],
         *,
-        working_bytes: int,
-        moments: Moments,
+        working_bytes: int = 0,
+        moments: Moments = (),
         keeps_casts: bool = True,
     ) -> Again:
         steps = list(steps)

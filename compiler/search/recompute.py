@@ -88,9 +88,9 @@ def corners(flow: Flow) -> tuple[tuple[str, ...], ...]:
     if not flow.candidates():
         return ((),)
     program = Program(flow)
-    priced: dict[tuple[str, ...], Again] = {(): flow.again(())}
+    priced: dict[tuple[str, ...], Again] = {(): flow.traded(())}
     fewest = program.solve(DEAREST * sum(program.seconds) / max(priced[()].kept_bytes, 1))
-    priced.setdefault(fewest, flow.again(fewest))
+    priced.setdefault(fewest, flow.traded(fewest))
     nothing: tuple[str, ...] = ()
     todo = [(nothing, fewest)] if fewest else []
     while todo:
@@ -101,7 +101,7 @@ def corners(flow: Flow) -> tuple[tuple[str, ...], ...]:
             continue
         price = (b.whole_s - a.whole_s) / freed
         found = program.solve(price)
-        made = priced.setdefault(found, flow.again(found))
+        made = priced.setdefault(found, flow.traded(found))
         line = a.whole_s + price * a.kept_bytes
         if found not in (left, right) and made.whole_s + price * made.kept_bytes < line * (
             1 - 1e-9
