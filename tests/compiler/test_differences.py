@@ -46,6 +46,14 @@ def test_every_changed_decision_is_named(pair: tuple[Plan, Plan]) -> None:
     assert "The same decisions" not in render_differences(found)
 
 
+def test_what_was_left_open_is_a_decision(pair: tuple[Plan, Plan]) -> None:
+    one, other = (replace(pair[0], choices={"precision": word}) for word in ("bf16", "fp32"))
+    assert len({plan.plan_hash for plan in (pair[0], one, other)}) == 3
+    (found,) = differences(one, other)["decisions"]
+    assert found == {"key": "precision", "before": "bf16", "after": "fp32"}
+    assert "  + precision  bf16" in render_differences(differences(pair[0], one))
+
+
 def test_parts_of_both_add_up(pair: tuple[Plan, Plan]) -> None:
     """What the parts move by is what the whole moves by."""
     moved = {c["key"]: c["after"] - c["before"] for c in differences(*pair)["predicted"]}
