@@ -159,8 +159,10 @@ class Flow:
         going = tuple(at.less(made.kept_bytes + back) for at in moments)
         return replace(made, working_bytes=back, moments=going)
 
-    def traded(self, operators: tuple[str, ...]) -> Again:
+    def traded(self, operators: Operators) -> Again:
         """Seconds for bytes kept, without what there is besides while the unit goes backward."""
+        if isinstance(operators, str):
+            return self._everything()
         runs = self.needed(operators)
         return self._traded(runs, self._kept(runs))
 

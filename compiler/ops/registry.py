@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from torch import fx
@@ -428,9 +429,15 @@ class Letters:
 
 def index_rule(expression: str, sizes: dict[str, int], **more: Any) -> Rule:
     """A rule from `"b t i, o i -> b t o"`."""
+    operands, result = _indices(expression)
+    return Rule(operands=operands, result=result, sizes=sizes, **more)
+
+
+@cache
+def _indices(expression: str) -> tuple[tuple[tuple[Factors, ...], ...], tuple[Factors, ...]]:
+    """Of operands and result."""
     left, _, right = expression.partition("->")
-    operands = tuple(Letters(part).dims for part in left.split(","))
-    return Rule(operands=operands, result=Letters(right).dims, sizes=sizes, **more)
+    return tuple(Letters(part).dims for part in left.split(",")), Letters(right).dims
 
 
 def letters(count: int, skip: str = "") -> list[str]:

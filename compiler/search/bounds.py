@@ -205,7 +205,7 @@ class Bounds:
                 (
                     again.whole_s / (costs[name].saved_bytes - again.kept_bytes)
                     for name in names
-                    for again in self.chain.policies.choices(option, microbatch, name)
+                    for again in self.chain.policies.trades(option, microbatch, name)
                     if again.kept_bytes < costs[name].saved_bytes
                 ),
                 default=0.0,

@@ -248,7 +248,7 @@ class Floors:
                 leaves = cost.away_bytes if away else 0
                 points = [(float(cost.saved_bytes + cast - leaves), 0.0)]
                 fewest = cost.away_host_bytes
-                for again in self.chain.policies.choices(option, size, name):
+                for again in self.chain.policies.trades(option, size, name):
                     kept = again.kept_bytes + (cast if again.keeps_casts else 0)
                     kept -= again.away_bytes if away else 0
                     points.append((float(kept), again.whole_s))

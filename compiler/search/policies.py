@@ -66,6 +66,7 @@ class Policies:
     priced: dict[tuple[int, int, str, Operators], Again | None] = field(default_factory=dict)
     found: dict[tuple[int, int, str], tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     lists: dict[tuple[int, int, str], list[Again]] = field(default_factory=dict)
+    traded: dict[tuple[int, int, str], list[Again]] = field(default_factory=dict)
     mixtures: dict[tuple[object, ...], Mixtures] = field(default_factory=dict)
 
     def like(self, option: TensorOption, microbatch: int, name: str) -> TensorOption:
@@ -119,16 +120,21 @@ class Policies:
         return self.kernel_flows[key]
 
     def price(
-        self, option: TensorOption, microbatch: int, name: str, operators: Operators
+        self,
+        option: TensorOption,
+        microbatch: int,
+        name: str,
+        operators: Operators,
+        of: Callable[[Flow, Operators], Again] = Flow.again,
     ) -> Again:
         """Of what one use of a unit computes again. Kernels fall apart where a part of them alone
         is computed again: what that costs counts as computing again."""
         if option.kernels == EAGER:
-            return self.flow(option, microbatch, name).again(operators)
+            return of(self.flow(option, microbatch, name), operators)
         flow, cost = self.fused(option, microbatch, name, operators)
         if isinstance(operators, str):
-            return flow.again(operators)
-        made = flow.again(tuple(n for n in operators if n in flow.steps))
+            return of(flow, operators)
+        made = of(flow, tuple(n for n in operators if n in flow.steps))
         slower_s = cost.whole_s - self.fused(option, microbatch, name)[1].whole_s
         return replace(
             made,
@@ -155,14 +161,28 @@ class Policies:
         option = self.like(option, microbatch, name)
         at = (id(option), microbatch, name)
         if at not in self.lists:
-            size = self.sample(microbatch)
-            first = self.like(option, size, name)
-            key = (id(first), size, name)
-            if key not in self.found:
-                self.found[key] = self._corners(first, size, name)
-            sets: list[Operators] = [*self.found[key], EVERYTHING]
+            sets = self._sets(option, microbatch, name)
             self.lists[at] = [self.price(option, microbatch, name, s) for s in sets]
         return self.lists[at]
+
+    def trades(self, option: TensorOption, microbatch: int, name: str) -> list[Again]:
+        """The same, as seconds for bytes kept alone: enough for bounds."""
+        option = self.like(option, microbatch, name)
+        at = (id(option), microbatch, name)
+        if at not in self.traded:
+            self.traded[at] = self.lists.get(at) or [
+                self.price(option, microbatch, name, s, Flow.traded)
+                for s in self._sets(option, microbatch, name)
+            ]
+        return self.traded[at]
+
+    def _sets(self, option: TensorOption, microbatch: int, name: str) -> list[Operators]:
+        size = self.sample(microbatch)
+        first = self.like(option, size, name)
+        key = (id(first), size, name)
+        if key not in self.found:
+            self.found[key] = self._corners(first, size, name)
+        return [*self.found[key], EVERYTHING]
 
     def _corners(self, option: TensorOption, size: int, name: str) -> tuple[tuple[str, ...], ...]:
         if option.kernels == EAGER:
