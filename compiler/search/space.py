@@ -346,18 +346,6 @@ class Space:
             return floor.bare_host_bytes > self.host_bytes
         return _one_at_a_time(way) and floor.host_bytes > self.host_bytes
 
-    def smallest_of(self, outline: Outline) -> Iterator[Candidate]:
-        """Of each ZeRO level the plan that shards most, for what cannot fit anyway."""
-        most = dict(self.ranges.shardings(outline.grid))
-        for interleave, schedules in self.ranges.ways(outline.grid.pipeline)[:1]:
-            for zero, shards in most.items():
-                *_, shape = self.shapes(outline, interleave)
-                for offload in self.offloads:
-                    ways = self.ways(outline, interleave, schedules[0], zero, shards, offload)
-                    for way in ways:
-                        if way.shape.cut == shape.cut and (found := self.priced(way)) is not None:
-                            yield found
-
     def priced(self, way: Way) -> Candidate | None:
         """None where nothing need be computed again, where the host has no memory for it, and where
         less in host memory is enough: what adds to a plan that fits is slower, if smaller."""

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from llmspec.compiler.cost.offload import Offload
+from llmspec.compiler.search.aside import Aside, Floored
+from llmspec.compiler.search.aside import Item as Large
 from llmspec.compiler.search.candidates import Candidate, Floor, Outline, Sharing, Sketch, Turn, Way
 from llmspec.compiler.search.explain import (
     Family,
@@ -23,14 +25,6 @@ from llmspec.compiler.search.space import Space
 
 SHORTLIST = 12
 """Plans that are played after the closed form has ranked them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Floored:
-    """A way with what no plan of it undercuts."""
-
-    way: Way
-    floor: Floor
 
 
 Item = Space | Sketch | Outline | Sharing | Turn | Floored
@@ -102,7 +96,7 @@ class Walk:
         self.shortlist = Shortlist(self.objective, self.most)
         self.number = itertools.count()
         self.waiting: list[tuple[Weight, int, Space, Item]] = []
-        self.too_large: list[tuple[Space, Sketch]] = []
+        self.aside = Aside()
 
     def run(self) -> None:
         """Without offload first, unless the spec speaks of it."""
@@ -111,18 +105,13 @@ class Walk:
         if more:
             self.bound = self.fit > 0
             self._walk(more)
+        self.aside.weigh(self.tally, self.smallest, self._small)
 
     def _walk(self, spaces: Iterable[Space]) -> None:
         self.waiting = []
-        self.too_large = []
         for space in spaces:
             self._push(space, space, space.least_s, 0.0)
         self._drain()
-        if self.explained and not self.fit:
-            for space, sketch in self.too_large:
-                for outline in space.opened(sketch):
-                    self._open_outline(space, outline, 0)
-            self._drain()
 
     def _drain(self) -> None:
         while self.waiting:
@@ -137,7 +126,7 @@ class Walk:
                 case Outline():
                     self._open_outline(space, item, place)
                 case Sketch() if item.least_bytes > space.budget_bytes:
-                    self.too_large.append((space, item))
+                    self._set_aside(space, item, item.least_bytes)
                 case _ if self._closed(space, least):
                     pass
                 case _:
@@ -169,7 +158,7 @@ class Walk:
     def _open_outline(self, space: Space, outline: Outline, place: int) -> None:
         """Into the ways of its data ranks to share; first with the bound that takes longer."""
         if outline.least_bytes > space.budget_bytes:
-            self._price_too_large(space, outline)
+            self._set_aside(space, outline, outline.least_bytes)
         elif self._hopeless(space, outline):
             return
         elif not outline.sharp:
@@ -178,35 +167,29 @@ class Walk:
         else:
             for zero, shards in space.ranges.shardings(outline.grid):
                 sharing = space.bounds.sharing(outline, zero, shards)
-                if not self._leave_out(space, sharing):
+                if sharing.least_bytes > space.budget_bytes:
+                    self._set_aside(space, sharing, sharing.least_bytes)
+                elif not self._leave_out(space, sharing):
                     self._push(space, sharing, sharing.least_s, outline.least_bytes)
 
-    def _price_too_large(self, space: Space, outline: Outline) -> None:
-        if not self.explained:
-            return
-        families = possible_families(outline, space)
-        if self.smallest is None or not self.tally.lowest(families, outline.least_bytes):
-            for candidate in space.smallest_of(outline):
-                self._add(space, candidate)
+    def _set_aside(self, space: Space, item: Large, least_bytes: float) -> None:
+        if self.explained:
+            self.aside.put(space, item, least_bytes)
 
     def _leave_out(self, space: Space, sharing: Sharing) -> bool:
-        """Whether a way to share is the best, and where nothing fits the smallest, of nothing."""
+        """Whether a way to share is the best of nothing."""
         outline = sharing.outline
         families = families_with(outline, sharing.zero, sharing.shards, space)
         families |= set(shape_families(outline))
-        if sharing.least_bytes <= space.budget_bytes:
-            # where memory decides, more is known of it than of the outline
-            sized = self.objective.smaller_is_better
-            least_bytes = sharing.least_bytes if sized else outline.least_bytes
-            least = self.objective.weight(sharing.least_s, least_bytes, space.ranks)
-            if self.bound and not self._beaten(least):
-                return False
-            if self.bound:
-                return self._worthless(families, space.offloads, least)
-            return self.shortlist.closed_to(least) and self._met(families, least)
-        if not self.explained:
-            return True
-        return self.smallest is not None and self.tally.lowest(families, sharing.least_bytes)
+        # where memory decides, more is known of it than of the outline
+        sized = self.objective.smaller_is_better
+        least_bytes = sharing.least_bytes if sized else outline.least_bytes
+        least = self.objective.weight(sharing.least_s, least_bytes, space.ranks)
+        if self.bound and not self._beaten(least):
+            return False
+        if self.bound:
+            return self._worthless(families, space.offloads, least)
+        return self.shortlist.closed_to(least) and self._met(families, least)
 
     def _open_sharing(self, space: Space, sharing: Sharing) -> None:
         """Into schedules, and uses of host memory."""
@@ -239,11 +222,10 @@ class Walk:
             return
         missing = space.misses(way, floor)
         if missing > 0:
-            size = space.budget_bytes + missing
-            if not self.explained or (self.smallest and self.tally.lowest(families, size)):
-                self.considered += 1
-                self.tally.too_large.update(families)
-                return
+            self.considered += 1
+            self.tally.too_large.update(families)
+            self._set_aside(space, Floored(way, floor), space.budget_bytes + missing)
+            return
         lacking = space.besides and space.host_lacks(way, floor)
         found = None if lacking else space.priced(way)
         if found is not None:
@@ -289,13 +271,16 @@ class Walk:
 
     def _add(self, space: Space, candidate: Candidate) -> None:
         self.considered += 1
-        if candidate.times is not None and not space.in_time(candidate):
-            return
-        self.tally.add(candidate)
-        if candidate.times is not None:
+        if candidate.times is None:
+            self._small(space, candidate)
+        elif space.in_time(candidate):
+            self.tally.add(candidate)
             self.fit += 1
             self.shortlist.add(candidate)
-        elif self.smallest is None or candidate.peak_bytes < self.smallest.peak_bytes:
+
+    def _small(self, space: Space, candidate: Candidate) -> None:
+        self.tally.add(candidate)
+        if self.smallest is None or candidate.peak_bytes < self.smallest.peak_bytes:
             self.smallest = candidate
 
 
