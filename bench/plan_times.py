@@ -30,7 +30,7 @@ SPECS = (
     "mixtral_8x7b",
     "deepseek_v3",
 )
-SEARCHED = re.compile(r"Searched ([\d,]+) plans .*?([\d,]+) fit")
+SEARCHED = re.compile(r"Searched ([\d,]+) plans,.*?([\d,]+) fit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

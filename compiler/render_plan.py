@@ -75,6 +75,7 @@ def _infeasible_face(found: Infeasible) -> Face:
         "predicted": None,
         "search": {
             "plans_considered": found.considered,
+            "plans_pruned": found.pruned,
             "plans_that_fit": 0,
             "seconds": found.seconds,
         },

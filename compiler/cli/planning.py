@@ -93,8 +93,8 @@ def searched(session: Session, name: str) -> Found | Infeasible:
     found = driver.find_plan(session)
     status(
         "Searched",
-        f"{found.considered} plans in {found.seconds:.1f} s"
-        + (f", {found.fit} fit" if isinstance(found, Found) else ", none fits"),
+        f"{found.considered:,} plans, pruned {found.pruned:,}, in {found.seconds:.1f} s"
+        + (f", {found.fit:,} fit" if isinstance(found, Found) else ", none fits"),
     )
     return found
 

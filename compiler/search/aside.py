@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from llmspec.compiler.search.candidates import (
     Candidate,
     Family,
-    Floor,
     Outline,
     Sharing,
     Sketch,
@@ -26,16 +25,7 @@ from llmspec.compiler.search.explain import (
 )
 from llmspec.compiler.search.space import Space
 
-
-@dataclass(frozen=True, slots=True)
-class Floored:
-    """A way with what no plan of it undercuts."""
-
-    way: Way
-    floor: Floor
-
-
-Item = Sketch | Outline | Sharing | Floored
+Item = Sketch | Outline | Sharing | Way
 
 
 @dataclass
@@ -63,8 +53,8 @@ class Aside:
                         self.put(space, outline, max(size, outline.least_bytes))
             elif tally.lowest(_families(space, item), size):
                 continue
-            elif isinstance(item, Floored):
-                found = space.priced(item.way)
+            elif isinstance(item, Way):
+                found = space.priced(item)
                 if found is not None:
                     add(space, found)
                     if smallest is None or found.peak_bytes < smallest.peak_bytes:
@@ -74,7 +64,7 @@ class Aside:
                     self.put(space, inner, max(size, least_bytes))
 
 
-def _families(space: Space, item: Outline | Sharing | Floored) -> set[Family]:
+def _families(space: Space, item: Outline | Sharing | Way) -> set[Family]:
     match item:
         case Outline():
             return possible_families(item, space)
@@ -82,10 +72,10 @@ def _families(space: Space, item: Outline | Sharing | Floored) -> set[Family]:
             families = families_with(item.outline, item.zero, item.shards, space)
             return families | set(shape_families(item.outline))
         case _:
-            return plain_families(item.way) | set(space.choices)
+            return plain_families(item) | set(space.choices)
 
 
-def _inside(space: Space, item: Outline | Sharing) -> Iterator[tuple[Sharing | Floored, float]]:
+def _inside(space: Space, item: Outline | Sharing) -> Iterator[tuple[Sharing | Way, float]]:
     """Of a sharing, the plans with the fewest stages under the simplest schedule."""
     if isinstance(item, Outline):
         for zero, shards in space.ranges.shardings(item.grid):
@@ -97,6 +87,4 @@ def _inside(space: Space, item: Outline | Sharing) -> Iterator[tuple[Sharing | F
         for offload in space.offloads:
             how = (interleave, schedules[0], item.zero, item.shards, offload)
             for way in space.ways(outline, *how):
-                floor = space.floor(way)
-                missing = space.misses(way, floor)
-                yield Floored(way, floor), space.budget_bytes + missing
+                yield way, space.budget_bytes + space.misses(way, space.floor(way))

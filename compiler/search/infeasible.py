@@ -35,6 +35,7 @@ class Infeasible:
     missing_bytes: int
     ways_out: tuple[Way, ...]
     considered: int
+    pruned: int
     seconds: float
     model: dict[str, Any]
     run: dict[str, Any] | None = None
@@ -52,6 +53,7 @@ def nothing_fits(space: Space, walk: Walk, smallest: Candidate, start: float) ->
         missing_bytes=smallest.peak_bytes - space.budget_bytes,
         ways_out=ways_out(space, smallest),
         considered=walk.considered,
+        pruned=walk.pruned,
         seconds=time.perf_counter() - start,
         model=model_object(space),
         span=space.program.budget.span,
@@ -74,6 +76,7 @@ def too_late(space: Space, walk: Walk, start: float) -> Infeasible | None:
         missing_bytes=0,
         ways_out=ways_in_time(space, nearest, goal),
         considered=walk.considered,
+        pruned=walk.pruned,
         seconds=time.perf_counter() - start,
         model=model_object(space),
         run=run_object(space, nearest),

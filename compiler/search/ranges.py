@@ -159,3 +159,9 @@ class Ranges:
     def shardings(self, grid: Grid) -> list[tuple[int, int]]:
         """(level of ZeRO, shards of the data ranks)."""
         return list(shardings(grid, self.pins, self.program.cluster.devices_per_node))
+
+    def plans(self, grid: Grid) -> tuple[int, int]:
+        """How many there are of one placement and recomputation with nothing in host memory, before
+        stages are cut: (of one way to share, of all)."""
+        of_one = sum(len(schedules) for _, schedules in self.ways(grid.pipeline))
+        return of_one, of_one * len(self.shardings(grid))

@@ -42,7 +42,8 @@ class Found:
 
     runners_up: the next best, the winner first, as (words, predicted step in s, peak bytes).
     lost: why each family lost. placed: how the blocks are split over the tensor axis, and what that
-        saves, in lines. seconds: how long the search took; not part of the plan.
+        saves, in lines. pruned: plans that bounds left out. seconds: how long the search took; not
+        part of the plan.
     """
 
     plan: Plan
@@ -50,6 +51,7 @@ class Found:
     lost: tuple[Lost, ...]
     placed: tuple[str, ...]
     considered: int
+    pruned: int
     fit: int
     seconds: float
 
@@ -103,11 +105,12 @@ def _found(space: Space, walk: Walk, start: float) -> Found:
     ranked = sorted(played.values(), key=space.objective.rank)
     runners = distinct(ranked)[: 1 + RUNNERS_UP]
     return Found(
-        plan=plan_of(space, winner, walk.considered, walk.fit),
+        plan=plan_of(space, winner, walk),
         runners_up=tuple((describe(c), c.step_s, c.peak_bytes) for c in runners),
         lost=explain(winner, walk.tally, played, space),
         placed=tuple(placed(space, winner)),
         considered=walk.considered,
+        pruned=walk.pruned,
         fit=walk.fit,
         seconds=time.perf_counter() - start,
     )
@@ -137,7 +140,7 @@ def placed(space: Space, winner: Candidate) -> list[str]:
     return lines
 
 
-def plan_of(space: Space, winner: Candidate, considered: int, fit: int) -> Plan:
+def plan_of(space: Space, winner: Candidate, walk: Walk) -> Plan:
     program, shape, mesh = space.program, winner.shape, winner.mesh
     lists: dict[int, tuple[tuple[str, ...], ...]] = {}
     if mesh.pipeline > 1:
@@ -173,7 +176,11 @@ def plan_of(space: Space, winner: Candidate, considered: int, fit: int) -> Plan:
             "model": model_object(space),
             "plan": plan_object(space, winner),
             "predicted": predicted_object(space, winner),
-            "search": {"plans_considered": considered, "plans_that_fit": fit},
+            "search": {
+                "plans_considered": walk.considered,
+                "plans_pruned": walk.pruned,
+                "plans_that_fit": walk.fit,
+            },
             "cluster": {
                 "device": program.cluster.device.name,
                 "devices": mesh.world_size,

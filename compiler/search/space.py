@@ -19,6 +19,7 @@ from llmspec.compiler.search.candidates import (
     Floor,
     Outline,
     Shape,
+    Sharing,
     Sketch,
     Way,
 )
@@ -248,6 +249,20 @@ class Space:
         found = [outline for sketch in self.sketches() for outline in self.opened(sketch)]
         return sorted(found, key=lambda o: o.least_s)
 
+    def plans_in(self, item: Sketch | Outline | Sharing) -> int:
+        """How many there are, before stages are cut."""
+        grid = item.outline.grid if isinstance(item, Sharing) else item.grid
+        of_sharing, of_outline = self.ranges.plans(grid)
+        uses = len(self.offloads) - self.besides
+        match item:
+            case Sharing():
+                return uses * of_sharing
+            case Outline():
+                return uses * of_outline
+            case _:
+                placed = self.tensor_options(grid.tensor, item.microbatch, item.view)
+                return uses * of_outline * len(placed) * len(self.ranges.recomputes)
+
     # -- stages
 
     def shapes(self, outline: Outline, interleave: int = 1) -> list[Shape]:
@@ -272,7 +287,9 @@ class Space:
         pinned = self.pins.stage_blocks()
         if pinned is not None:
             return [cut_at(graph, pinned)] if sum(pinned) == self.chain.blocks else []
-        known = (id(outline.option), outline.microbatch, outline.recompute)
+        own_choice = outline.recompute is Recompute.SELECTIVE  # cut as if nothing ran again
+        recompute = Recompute.NONE if own_choice else outline.recompute
+        known = (id(outline.option), outline.microbatch, recompute)
         key = (*known, pipeline, interleave)
         if key not in self.known_cuts:
             times, held = self._block_weights(outline)
@@ -325,6 +342,14 @@ class Space:
             return
         for shape in self.shapes(outline, interleave):
             yield Way(shape=shape, zero=zero, shards=shards, schedule=schedule, offload=offload)
+
+    def lacks(self, way: Way) -> float:
+        """Bytes that a plan is too large by at the least, of what is known before its schedule is
+        played: one with backwards in two parts holds what 1F1B holds, and more."""
+        if way.schedule is not Schedule.ZERO_BUBBLE or len(way.shape.cut) > way.shape.grid.pipeline:
+            return 0.0
+        plain = replace(way, schedule=Schedule.ONE_F_ONE_B)
+        return self.misses(plain, self.floor(plain))
 
     def floor(self, way: Way) -> Floor:
         return self.repeats.floor(way.shape, way.zero, way.shards, way.schedule, way.offload)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from llmspec.compiler.cost.offload import Offload
-from llmspec.compiler.search.aside import Aside, Floored
+from llmspec.compiler.search.aside import Aside
 from llmspec.compiler.search.aside import Item as Large
 from llmspec.compiler.search.candidates import Candidate, Floor, Outline, Sharing, Sketch, Turn, Way
 from llmspec.compiler.search.explain import (
@@ -25,6 +25,14 @@ from llmspec.compiler.search.space import Space
 
 SHORTLIST = 12
 """Plans that are played after the closed form has ranked them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Floored:
+    """A way with what no plan of it undercuts."""
+
+    way: Way
+    floor: Floor
 
 
 Item = Space | Sketch | Outline | Sharing | Turn | Floored
@@ -88,6 +96,7 @@ class Walk:
     considered: int = 0
     fit: int = 0
     pruned: int = 0
+    """Plans that were left out by a bound of theirs, without a price."""
     bound: bool = False
     """Whether only what beats the best plan so far is looked at."""
 
@@ -128,7 +137,7 @@ class Walk:
                 case Sketch() if item.least_bytes > space.budget_bytes:
                     self._set_aside(space, item, item.least_bytes)
                 case _ if self._closed(space, least):
-                    pass
+                    self._prune(space, item)
                 case _:
                     inside = space.sketches() if isinstance(item, Space) else space.opened(item)
                     for inner in inside:
@@ -144,10 +153,21 @@ class Walk:
         place: int | None = None,
     ) -> None:
         """Not what is too slow for the deadline. `place`: among its equals, that of before."""
-        if least_s <= space.most_step_s:
+        if least_s > space.most_step_s:
+            self._prune(space, item)
+        else:
             least = self.objective.weight(least_s, least_bytes, space.ranks)
             number = next(self.number) if place is None else place
             heapq.heappush(self.waiting, (least, number, space, item))
+
+    def _prune(self, space: Space, item: Item) -> None:
+        """The plans in it are left out. Those of a number of nodes that was not opened are not
+        counted."""
+        match item:
+            case Turn() | Floored():
+                self.pruned += 1
+            case Sketch() | Outline() | Sharing():
+                self.pruned += space.plans_in(item)
 
     def _closed(self, space: Space, least: Weight) -> bool:
         """Whether no mesh with such a bound has to be opened."""
@@ -160,7 +180,7 @@ class Walk:
         if outline.least_bytes > space.budget_bytes:
             self._set_aside(space, outline, outline.least_bytes)
         elif self._hopeless(space, outline):
-            return
+            self._prune(space, outline)
         elif not outline.sharp:
             sharp = space.bounds.sharpened(outline)
             self._push(space, sharp, sharp.least_s, sharp.least_bytes, place)
@@ -169,7 +189,7 @@ class Walk:
                 sharing = space.bounds.sharing(outline, zero, shards)
                 if sharing.least_bytes > space.budget_bytes:
                     self._set_aside(space, sharing, sharing.least_bytes)
-                elif not self._leave_out(space, sharing):
+                else:
                     self._push(space, sharing, sharing.least_s, outline.least_bytes)
 
     def _set_aside(self, space: Space, item: Large, least_bytes: float) -> None:
@@ -194,6 +214,7 @@ class Walk:
     def _open_sharing(self, space: Space, sharing: Sharing) -> None:
         """Into schedules, and uses of host memory."""
         if self._leave_out(space, sharing):
+            self._prune(space, sharing)
             return
         for interleave, schedules in space.ranges.ways(sharing.outline.grid.pipeline):
             for schedule in schedules:
@@ -207,8 +228,12 @@ class Walk:
         outline, sharded = sharing.outline, (sharing.zero, sharing.shards)
         families = turn_families(turn) | set(space.choices)
         if self._too_slow(families, turn.offload, least):
+            self.pruned += 1
             return
         for way in space.ways(outline, turn.interleave, turn.schedule, *sharded, turn.offload):
+            if (missing := space.lacks(way)) > 0:
+                self._too_large(space, way, families, missing)
+                continue
             floor = space.floor(way)
             least_s = max(turn.least_s, floor.least_s)
             self._push(space, Floored(way, floor), least_s, outline.least_bytes)
@@ -222,9 +247,7 @@ class Walk:
             return
         missing = space.misses(way, floor)
         if missing > 0:
-            self.considered += 1
-            self.tally.too_large.update(families)
-            self._set_aside(space, Floored(way, floor), space.budget_bytes + missing)
+            self._too_large(space, way, families, missing)
             return
         lacking = space.besides and space.host_lacks(way, floor)
         found = None if lacking else space.priced(way)
@@ -232,6 +255,11 @@ class Walk:
             self._add(space, found)
         elif way.offload:  # the host has no memory for it, or less there is enough
             self.tally.too_large.update(("offload", word) for word in way.offload)
+
+    def _too_large(self, space: Space, way: Way, families: set[Family], missing: float) -> None:
+        self.considered += 1
+        self.tally.too_large.update(families)
+        self._set_aside(space, way, space.budget_bytes + missing)
 
     def _too_slow(self, families: set[Family], offload: Offload, least: Weight) -> bool:
         """Whether a plan of these families is the best of nothing."""
