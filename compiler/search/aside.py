@@ -20,7 +20,6 @@ from llmspec.compiler.search.explain import (
     Tally,
     families_with,
     plain_families,
-    possible_families,
     shape_families,
 )
 from llmspec.compiler.search.space import Space
@@ -67,7 +66,8 @@ class Aside:
 def _families(space: Space, item: Outline | Sharing | Way) -> set[Family]:
     match item:
         case Outline():
-            return possible_families(item, space)
+            ways = space.ranges.shardings(item.grid)
+            return set().union(*(families_with(item, *way, space) for way in ways))
         case Sharing():
             families = families_with(item.outline, item.zero, item.shards, space)
             return families | set(shape_families(item.outline))

@@ -112,8 +112,13 @@ class Walk:
         self._walk(self.spaces)
         more = tuple(s for of in self.spaces if (s := of.with_offload()) is not None)
         if more:
+            if not self.fit:  # what is missing without host memory
+                self._weigh()
             self.bound = self.fit > 0
             self._walk(more)
+        self._weigh()
+
+    def _weigh(self) -> None:
         self.aside.weigh(self.tally, self.smallest, self._small)
 
     def _walk(self, spaces: Iterable[Space]) -> None:
