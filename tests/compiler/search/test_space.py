@@ -151,6 +151,17 @@ def test_no_other_number_of_shards_is_better(tensor, network):
         assert found.shards == near, "each gather stays inside a node"
 
 
+def test_what_does_not_fit_is_told_of_the_smallest_there_is():
+    model = llama(layers=6, width=512, heads=8, kv_heads=4, ffn=1024, vocab=8192, context=512)
+    of = space(program(model, cluster(1, 2), batch=4, memory=1700 * MiB))
+    walk = Walk((of,), of.objective)
+    walk.run()
+    every = everything(of) + everything(of.with_offload())
+    assert walk.fit == 0 and walk.smallest is not None
+    assert walk.smallest.peak_bytes == min(c.peak_bytes for c in every)
+    assert walk.considered < len(every) / 4, "the smallest come first"
+
+
 OFFLOADING = {
     "nothing else fits": (2 * GiB + 120 * MiB, ()),
     "barely": (2 * GiB + 205 * MiB, ()),
