@@ -163,12 +163,14 @@ class Held(NamedTuple):
     """Micro-batches that a rank holds at one moment, for each of its stages in the chain's order.
 
     forwards: whose backward has not begun. late: between I and W. messages: values of other ranks
-    that nothing has used yet; that of the next backward is there until its end.
+    that nothing has used yet; that of the next backward is there until its end. summed: whether a
+    backward of the stage has begun before this one (1) or not (0).
     """
 
     forwards: tuple[int, ...]
     late: tuple[int, ...]
     messages: int = 0
+    summed: tuple[int, ...] = ()
 
 
 @lru_cache(maxsize=4096)
@@ -177,7 +179,8 @@ def held_at_once(
 ) -> tuple[tuple[Held, ...], ...]:
     """By rank: the moments that no other moment of the step exceeds in every number."""
     if schedule is Schedule.GPIPE:
-        return ((Held((microbatches,), (0,), 1),),) * ranks
+        none, one = Held((microbatches,), (0,), 1, (0,)), Held((microbatches - 1,), (0,), 1, (1,))
+        return ((none, one) if microbatches > 1 else (none._replace(summed=(1,)),),) * ranks
     fewer = _representative(schedule, stages, ranks, microbatches)
     if fewer < microbatches:
         return held_at_once(schedule, stages, ranks, fewer)
@@ -194,7 +197,7 @@ def _representative(schedule: Schedule, stages: int, ranks: int, microbatches: i
     sizes = rounds(microbatches, ranks)
     if sizes[-1] != ranks:
         return microbatches
-    rounds_each = 3 if schedule.splits else 2
+    rounds_each = 4 if schedule.splits else 3
     larger, least = (min(sizes.count(n), rounds_each) for n in (ranks + 1, ranks))
     return larger * (ranks + 1) + least * ranks
 
@@ -203,10 +206,10 @@ def _moments(own: Sequence[Action], stages: tuple[int, ...]) -> tuple[Held, ...]
     """`own`: a rank's list, sends and receives among it."""
     count = len(stages)
     at = {stage: i for i, stage in enumerate(stages)}
-    now = [0] * (2 * count)
+    now, summed = [0] * (2 * count), [0] * count
     came: set[tuple[int, str, int | None]] = set()
     seen: dict[tuple[int, ...], None] = {}
-    last = ""
+    grown, before = False, [0] * (2 * count + 1)
     for action in own:
         stage, kind, m = action
         if kind not in COMPUTES:
@@ -214,16 +217,26 @@ def _moments(own: Sequence[Action], stages: tuple[int, ...]) -> tuple[Held, ...]
                 came.add((stage, kind[-1], m))
             continue
         # a moment before a further forward is exceeded by the next one
-        if last in ("F", "I") and kind != "F":
-            seen[*now, len(came)] = None
+        if grown and kind != "F":
+            seen[*now, len(came), *summed] = None
+        grown = kind in ("F", "I")
+        if kind != "F":
+            before = [*now, len(came)]
+            grown |= not summed[at[stage]]
+            summed[at[stage]] = 1
         came.discard((stage, "B" if kind == "I" else kind, m))
         now[at[stage]] += {"F": 1, "B": -1, "I": -1}.get(kind, 0)
         now[count + at[stage]] += {"I": 1, "W": -1}.get(kind, 0)
-        last = kind
+    seen[*before, *summed] = None  # the last one ends with all gradients
     rows = np.array(list(seen), dtype=np.int32)
     exceeded = (rows[None] >= rows[:, None]).all(axis=2).sum(axis=1) > 1
     return tuple(
-        Held(tuple(row[:count]), tuple(row[count:-1]), row[-1])
+        Held(
+            forwards=tuple(row[:count]),
+            late=tuple(row[count : 2 * count]),
+            messages=row[2 * count],
+            summed=tuple(row[2 * count + 1 :]),
+        )
         for row, less in zip(rows.tolist(), exceeded, strict=True)
         if not less
     )

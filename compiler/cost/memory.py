@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -44,6 +44,8 @@ class Residence:
     split: backwards are in two parts; gradients of the first are whole until the second.
     whole_sums: ZeRO 1 keeps whole sums of gradients even of a single micro-batch.
     standing: gradients have a place all the time, of published software.
+    awaited: of the elements that several stages have, those whose gradients have not begun to come
+        while most is in flight, and those of experts among them.
     """
 
     zero: int
@@ -58,6 +60,7 @@ class Residence:
     message_bytes: int = 0
     whole_sums: bool = False
     standing: bool = False
+    awaited: tuple[int, int] = (0, 0)
 
     @property
     def parts(self) -> Parts:
@@ -121,13 +124,14 @@ def software_bytes(stage: Stage, home: Residence, types: Types, machine: Machine
 def gradient_bytes(stage: Stage, home: Residence, types: Types) -> int:
     """ZeRO 1 keeps whole sums while it has micro-batches to add up, in the type of the reduction;
     the reduced parts come as these go."""
+    elements, of_experts = stage.elements - home.awaited[0], stage.expert_elements - home.awaited[1]
     if home.zero == 0:
-        return types.gradients * stage.elements
+        return types.gradients * elements
     part = types.gradients * home.parts.largest(stage.elements, stage.expert_elements)
     if home.sums_each_time:
         return part + (types.reduced * stage.early_elements if home.split else 0)
-    experts = 0 if home.gathers_experts else stage.expert_elements
-    return types.reduced * (stage.elements - experts) + types.gradients * experts
+    experts = 0 if home.gathers_experts else of_experts
+    return types.reduced * (elements - experts) + types.gradients * experts
 
 
 def gathered_bytes(stage: Stage, home: Residence, types: Types) -> int:
@@ -374,7 +378,8 @@ def fullest(stage: Stage, home: Residence, types: Types, backward: Backwards) ->
     if home.microbatches == 1:
         return first
     second = backward(home.in_flight - 1, 0)
-    second = second._replace(gradients=gradient_bytes(stage, home, types))
+    by_then = replace(home, awaited=(0, 0))
+    second = second._replace(gradients=gradient_bytes(stage, by_then, types))
     return max(first, second, key=lambda moment: moment.total)
 
 

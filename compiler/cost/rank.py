@@ -21,6 +21,7 @@ class Holder:
     sends_on: bool
     receives: bool
     split: bool
+    awaited: tuple[int, int] = (0, 0)
 
     def home(self, plain: Residence) -> Residence:
         return replace(
@@ -30,6 +31,7 @@ class Holder:
             sends_on=self.sends_on,
             receives=self.receives,
             split=self.split,
+            awaited=self.awaited,
         )
 
 
@@ -49,11 +51,20 @@ def holders(
     ranks: int,
     microbatches: int,
     cast_bytes: int = 0,
+    sum_bytes: int = 0,
 ) -> list[Holder]:
-    """Of every rank. cast_bytes: of each weight element that autograd keeps as its use casts it."""
+    """Of every rank. cast_bytes: of each weight element that autograd keeps as its use casts it.
+    sum_bytes: of each whose gradient stays whole from the first backward on; 0: none does."""
     held = held_at_once(schedule, len(stages), ranks, microbatches)
     return [
-        _holder(schedule, stages, stages_of(schedule, rank, len(stages), ranks), mine, cast_bytes)
+        _holder(
+            schedule,
+            stages,
+            stages_of(schedule, rank, len(stages), ranks),
+            mine,
+            cast_bytes,
+            sum_bytes,
+        )
         for rank, mine in enumerate(held)
     ]
 
@@ -64,18 +75,28 @@ def _holder(
     own: tuple[int, ...],
     moments: Sequence[Held],
     cast_bytes: int,
+    sum_bytes: int,
 ) -> Holder:
     run, last = together([stages[s] for s in own]), len(stages) - 1
     message = stages[0].output_bytes if last else 0
     if len(own) == 1 and not schedule.splits:
-        fullest = max(moments, key=lambda held: (held.forwards[0], held.messages))
+        sends_on = own[0] < last
+        of_each = run.kept_bytes(cast_bytes) + (run.output_bytes if sends_on else 0)
+
+        def size_of(held: Held) -> int:
+            come = sum_bytes * run.elements * held.summed[0]
+            return held.forwards[0] * of_each + held.messages * message + come
+
+        fullest = max(moments, key=size_of)
+        come = fullest.summed[0] or not sum_bytes
         return Holder(
             stage=run,
             in_flight=fullest.forwards[0],
             message_bytes=message * fullest.messages,
-            sends_on=own[0] < last,
+            sends_on=sends_on,
             receives=own[0] > 0,
             split=False,
+            awaited=(0, 0) if come else (run.elements, run.expert_elements),
         )
     kept = [stages[s].kept_bytes(cast_bytes) for s in own]
     late = [stages[s].late_bytes for s in own]
@@ -83,8 +104,17 @@ def _holder(
     sent = [stages[s].output_bytes if s < last and s + 1 not in own else 0 for s in own]
     alive = [k + s for k, s in zip(kept, sent, strict=True)]
     # in units of what one micro-batch keeps on all stages: by that the ledger multiplies
-    sizes = [(_bytes(held, alive, late), message * held.messages) for held in moments]
-    size, messages = max(sizes, key=sum)
+    elements = [stages[s].elements for s in own]
+    sizes = [
+        (
+            _bytes(held, alive, late),
+            message * held.messages,
+            sum_bytes * sum(n for n, came in zip(elements, held.summed, strict=True) if came),
+        )
+        for held in moments
+    ]
+    (size, messages, _), then = max(zip(sizes, moments, strict=True), key=lambda both: sum(both[0]))
+    awaited = [s for s, came in zip(own, then.summed, strict=True) if not came and sum_bytes]
     return Holder(
         stage=run,
         in_flight=size / max(sum(kept), 1),
@@ -92,6 +122,10 @@ def _holder(
         sends_on=False,
         receives=own[0] > 0,
         split=schedule.splits,
+        awaited=(
+            sum(stages[s].elements for s in awaited),
+            sum(stages[s].expert_elements for s in awaited),
+        ),
     )
 
 
@@ -103,10 +137,10 @@ def _bytes(held: Held, alive: Sequence[int], late: Sequence[int]) -> int:
 def fullest(found: Sequence[Holder], microbatches: int) -> list[Holder]:
     """Of ranks that run equal stages, the one that holds most: of those that have all micro-batches
     in flight at once, which find no gradients yet, and of the others."""
-    by_stages: dict[tuple[Stage, bool, bool, bool], Holder] = {}
+    by_stages: dict[tuple[Stage, bool, bool, bool, tuple[int, int]], Holder] = {}
     for holder in found:
         every = holder.in_flight >= microbatches
-        key = (holder.stage, holder.sends_on, holder.receives, every)
+        key = (holder.stage, holder.sends_on, holder.receives, every, holder.awaited)
         known = by_stages.get(key)
         if known is None or holder.in_flight > known.in_flight:
             by_stages[key] = holder

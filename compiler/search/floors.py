@@ -221,6 +221,7 @@ class Floors:
                 sends_on=known.sends_on,
                 receives=known.receives,
                 split=known.split,
+                awaited=known.awaited,
             )
         return self.homes[key]
 
@@ -263,7 +264,8 @@ class Floors:
     ) -> list[_Alike]:
         ranks = shape.grid.pipeline
         ids = tuple(map(id, bare))
-        key = (schedule, ids, ranks, shape.microbatches, zero == 0)
+        sums = self.pricing.sum_bytes(shape, zero)
+        key = (schedule, ids, ranks, shape.microbatches, zero == 0, sums)
         if key not in self.alike:
             groups: dict[tuple[object, ...], list[int]] = {}
             holders = self.pricing.holders(shape, bare, zero, schedule)
@@ -272,7 +274,7 @@ class Floors:
                 full = holder.in_flight >= shape.microbatches
                 mine = stages_of(schedule, rank, len(bare), ranks)
                 own = tuple(ids[s] for s in mine)
-                edges = (holder.sends_on, holder.receives, several, full)
+                edges = (holder.sends_on, holder.receives, several, full, holder.awaited)
                 groups.setdefault((own, *edges), []).append(rank)
             plain = self.pricing.residence(shape, zero, 1)
             self.alike[key] = [

@@ -55,18 +55,36 @@ class Pricing:
         self, shape: Shape, stages: list[Stage], zero: int, schedule: Schedule
     ) -> list[Holder]:
         """Every rank, as the ledger sees it."""
-        key = _held_key(shape, stages, zero, schedule)
+        key = self._held_key(shape, stages, zero, schedule)
         if key not in self.held:
             casts = self.types.mixed and zero == 0 and not self.machine.short_weights
             cast = self.types.compute if casts else 0
             ranks, count = shape.grid.pipeline, shape.microbatches
-            self.held[key] = holders(schedule, stages, ranks, count, cast)
+            sums = self.sum_bytes(shape, zero)
+            self.held[key] = holders(schedule, stages, ranks, count, cast, sums)
         return self.held[key]
+
+    def _held_key(
+        self, shape: Shape, stages: list[Stage], zero: int, schedule: Schedule
+    ) -> tuple[object, ...]:
+        """Of ZeRO it matters whether there is any, for then autograd does not keep weights as cast,
+        and which gradients stay."""
+        ids, sums = tuple(id(stage) for stage in stages), self.sum_bytes(shape, zero)
+        return schedule, ids, shape.grid.pipeline, shape.microbatches, zero == 0, sums
+
+    def sum_bytes(self, shape: Shape, zero: int) -> int:
+        """Of each element whose gradient stays whole once it has come; 0 where they go, and where
+        they have a place all the time."""
+        if self.machine.short_weights or "gradients" in self.machine.fused:
+            return 0
+        if zero == 0:
+            return self.types.gradients if shape.grid.data * shape.grid.context == 1 else 0
+        return self.types.reduced if zero == 1 and shape.microbatches > 1 else 0
 
     def _fullest(
         self, shape: Shape, stages: list[Stage], zero: int, schedule: Schedule
     ) -> list[Holder]:
-        key = _held_key(shape, stages, zero, schedule)
+        key = self._held_key(shape, stages, zero, schedule)
         if key not in self.most:
             found = self.holders(shape, stages, zero, schedule)
             self.most[key] = fullest(found, shape.microbatches)
@@ -323,11 +341,3 @@ class Pricing:
         if key not in self.lists:
             self.lists[key] = actions(schedule, stages, ranks, microbatches, zero)
         return self.lists[key]
-
-
-def _held_key(
-    shape: Shape, stages: list[Stage], zero: int, schedule: Schedule
-) -> tuple[object, ...]:
-    """Of ZeRO it matters whether there is any: then autograd does not keep weights as cast."""
-    ids = tuple(id(stage) for stage in stages)
-    return schedule, ids, shape.grid.pipeline, shape.microbatches, zero == 0

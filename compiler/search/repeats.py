@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from llmspec.compiler.cost.memory import Residence
 from llmspec.compiler.cost.offload import Offload
 from llmspec.compiler.cost.recompute import Operators
-from llmspec.compiler.cost.stage import Stage
+from llmspec.compiler.cost.stage import Stage, together
 from llmspec.compiler.plan import EVERYTHING
 from llmspec.compiler.schedules import Schedule, stages_of
 from llmspec.compiler.search.candidates import Shape
@@ -19,6 +19,9 @@ from llmspec.compiler.search.pins import Pins, Recompute
 from llmspec.compiler.search.policies import Chosen, fitting
 from llmspec.compiler.search.pricing import Pricing
 from llmspec.compiler.search.stages import Cut
+
+MOMENTS = 3
+"""How often ranks of several stages choose again: what they keep decides when they hold most."""
 
 
 @dataclass
@@ -108,31 +111,63 @@ class Repeats:
         alike = self.alike(shape.option, shape.microbatch, shape.recompute)
         if shape.recompute is not Recompute.SELECTIVE:
             return alike
-        some = Recompute.NONE not in self.pins.recompute()  # something has to run again
         bare = self.alike_stages(shape, Recompute.NONE)
         plain = self.pricing.residence(shape, zero, shards)
-        out: list[Operators] = [()] * len(alike)
-        for rank, holder in enumerate(self.pricing.holders(shape, bare, zero, schedule)):
+        found, chosen = bare, None
+        for _ in range(MOMENTS):
+            holders = self.pricing.holders(shape, found, zero, schedule)
+            homes = [holder.home(plain) for holder in holders]
+            chosen = self._at(shape, bare, homes, schedule, offload)
+            if chosen is None:  # nothing fits
+                return self.alike(shape.option, shape.microbatch, Recompute.FULL)
+            if len(bare) == shape.grid.pipeline:
+                break
+            found = self._kept(shape, chosen)
+            then = self.pricing.holders(shape, found, zero, schedule)
+            if all(a.awaited == b.awaited for a, b in zip(holders, then, strict=True)):
+                break
+        assert chosen is not None, "what fits nowhere is left above"
+        return chosen if any(chosen) else None
+
+    def _kept(self, shape: Shape, chosen: Chosen) -> list[Stage]:
+        key = (id(shape.option), shape.microbatch, shape.grid.pipeline, chosen, shape.cut)
+        if key not in self.made:
+            self.made[key] = self.stages(shape, chosen)
+        return self.made[key]
+
+    def _at(
+        self,
+        shape: Shape,
+        bare: list[Stage],
+        homes: list[Residence],
+        schedule: Schedule,
+        offload: Offload,
+    ) -> Chosen | None:
+        """What every rank chooses at the moment when it holds most; None when one finds nothing
+        that fits."""
+        out: list[Operators] = [()] * len(self.chain.instances)
+        for rank, home in enumerate(homes):
             mine = stages_of(schedule, rank, len(bare), shape.grid.pipeline)
             spans = tuple(shape.cut[s] for s in mine)
-            home = holder.home(plain)
             key = (*(id(bare[s]) for s in mine), home, offload)
             if key not in self.choices:
-                self.choices[key] = self._for_rank(shape, spans, holder.stage, home, offload, some)
+                whole = together([bare[s] for s in mine])
+                self.choices[key] = self._for_rank(shape, spans, whole, home, offload)
             found = self.choices[key]
-            if found is None:  # nothing fits
-                return self.alike(shape.option, shape.microbatch, Recompute.FULL)
+            if found is None:
+                return None
             places = [i for a, b in spans for i in range(a, b)]
             for place, own in zip(places, found, strict=True):
                 out[place] = own
-        return tuple(out) if any(out) else None
+        return tuple(out)
 
     def _for_rank(
-        self, shape: Shape, spans: Cut, bare: Stage, home: Residence, offload: Offload, some: bool
+        self, shape: Shape, spans: Cut, bare: Stage, home: Residence, offload: Offload
     ) -> Chosen | None:
         """The fastest choice for the instances of a rank's stages that fits; None when none
         does."""
         own = [i for a, b in spans for i in self.chain.instances[a:b]]
+        some = Recompute.NONE not in self.pins.recompute()  # something has to run again
         return fitting(
             self.chain.policies,
             shape.option,

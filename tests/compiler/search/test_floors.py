@@ -12,7 +12,7 @@ from llmspec.compiler.cost.closed import least_makespan_s, makespan_s
 from llmspec.compiler.schedules import Schedule, stages_of
 from llmspec.compiler.search.floors import trade_of
 
-point = st.tuples(st.floats(1, 100), st.floats(0, 10))
+point = st.tuples(st.integers(1, 100), st.floats(0, 10))
 unit = st.tuples(st.integers(1, 3), st.lists(point, min_size=1, max_size=4))
 
 
