@@ -35,7 +35,7 @@ def test_golden(name: str, golden: Golden, tmp_path: Path) -> None:
     assert {"model.py", "train.py", "plan.json", "report.html", "launch.sh"} <= set(files)
     code = [file for file in CODE if file in files]
     lines = {file: files[file].count("\n") for file in code}
-    assert lines["model.py"] + lines["train.py"] < 600 and sum(lines.values()) < 1500
+    assert lines["model.py"] + lines["train.py"] < 650 and sum(lines.values()) < 1500
     assert not programs.ruff_says(tmp_path)
     if name in LARGE:
         assert not programs.mypy_says(tmp_path)
