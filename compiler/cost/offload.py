@@ -93,7 +93,10 @@ def ledgers(
 
 
 def as_they_leave(home: Residence, offload: Offload) -> Residence:
-    """Gradients of parameters in host memory go there as they come: none add up on the device."""
+    """Gradients of parameters in host memory go there as they come: none add up on the device. The
+    fullest moment was chosen by what is kept: where that has left, all gradients may have come."""
+    if ACTIVATIONS in offload:
+        home = replace(home, awaited=(0, 0))
     return replace(home, standing=True) if PARAMETERS in offload else home
 
 

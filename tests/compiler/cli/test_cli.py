@@ -304,6 +304,15 @@ def test_five_gib_are_enough(llmspec, tmp_path: Path, golden: Golden) -> None:
 
 
 @pytest.mark.long
+def test_three_gib_are_not(llmspec, tmp_path: Path, golden: Golden) -> None:
+    text = EIGHT_GPUS + "budget { memory = 3 GiB per gpu }\n"
+    (tmp_path / "impossible.llmspec").write_text(text)
+    ran = llmspec("plan", "impossible.llmspec")
+    assert ran.code == 1
+    golden.check("cli/nothing_fits_3.txt", ran.err[ran.err.index("error") :])
+
+
+@pytest.mark.long
 def test_pareto(llmspec, tmp_path: Path, golden: Golden) -> None:
     (tmp_path / "small.llmspec").write_text(SMALL + "budget { memory = 3 GiB per gpu }\n")
     ran = llmspec("plan", "small.llmspec", "--pareto")

@@ -123,6 +123,7 @@ def test_a_plan_may_only_choose_what_its_spec_offers() -> None:
         session(OPEN).settle(named.plan)
 
 
+@pytest.mark.long
 def test_why_not_another() -> None:
     of = session(OPEN)
     found = driver.ask_why_not(of, "precision = fp32")
