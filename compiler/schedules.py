@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
-
 from llmspec.compiler.orders import Action, Order, Schedule, order, rank_of, rounds, stages_of
+from llmspec.compiler.undominated import undominated
 
 __all__ = [
     "COMPUTES",
@@ -228,15 +227,12 @@ def _moments(own: Sequence[Action], stages: tuple[int, ...]) -> tuple[Held, ...]
         now[at[stage]] += {"F": 1, "B": -1, "I": -1}.get(kind, 0)
         now[count + at[stage]] += {"I": 1, "W": -1}.get(kind, 0)
     seen[*before, *summed] = None  # the last one ends with all gradients
-    rows = np.array(list(seen), dtype=np.int32)
-    exceeded = (rows[None] >= rows[:, None]).all(axis=2).sum(axis=1) > 1
     return tuple(
         Held(
-            forwards=tuple(row[:count]),
-            late=tuple(row[count : 2 * count]),
+            forwards=row[:count],
+            late=row[count : 2 * count],
             messages=row[2 * count],
-            summed=tuple(row[2 * count + 1 :]),
+            summed=row[2 * count + 1 :],
         )
-        for row, less in zip(rows.tolist(), exceeded, strict=True)
-        if not less
+        for row in undominated(seen)
     )

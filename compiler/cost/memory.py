@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -123,8 +123,10 @@ def software_bytes(stage: Stage, home: Residence, types: Types, machine: Machine
 
 def gradient_bytes(stage: Stage, home: Residence, types: Types) -> int:
     """ZeRO 1 keeps whole sums while it has micro-batches to add up, in the type of the reduction;
-    the reduced parts come as these go."""
-    elements, of_experts = stage.elements - home.awaited[0], stage.expert_elements - home.awaited[1]
+    the reduced parts come as these go. Where the first backward is followed as its gradients come,
+    this is of the second."""
+    awaited = (0, 0) if home.first_is_fullest else home.awaited
+    elements, of_experts = stage.elements - awaited[0], stage.expert_elements - awaited[1]
     if home.zero == 0:
         return types.gradients * elements
     part = types.gradients * home.parts.largest(stage.elements, stage.expert_elements)
@@ -378,8 +380,7 @@ def fullest(stage: Stage, home: Residence, types: Types, backward: Backwards) ->
     if home.microbatches == 1:
         return first
     second = backward(home.in_flight - 1, 0)
-    by_then = replace(home, awaited=(0, 0))
-    second = second._replace(gradients=gradient_bytes(stage, by_then, types))
+    second = second._replace(gradients=gradient_bytes(stage, home, types))
     return max(first, second, key=lambda moment: moment.total)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
+from llmspec.compiler.undominated import undominated
 
 
 class At(NamedTuple):
@@ -45,10 +45,7 @@ def fullest_of(moments: Moments, coming: int, cast: int) -> int:
 
 def worst_of(moments: Iterable[At]) -> Moments:
     """Without those that another one exceeds whatever an element takes."""
-    known = list(dict.fromkeys(moments))
-    rows = np.array(known, dtype=np.int64).reshape(-1, len(At._fields))
-    exceeded = (rows[None] >= rows[:, None]).all(axis=2).sum(axis=1) > 1
-    return tuple(at for at, less in zip(known, exceeded.tolist(), strict=True) if not less)
+    return undominated(moments)
 
 
 @dataclass

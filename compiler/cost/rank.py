@@ -77,33 +77,13 @@ def _holder(
     cast_bytes: int,
     sum_bytes: int,
 ) -> Holder:
-    run, last = together([stages[s] for s in own]), len(stages) - 1
+    last = len(stages) - 1
     message = stages[0].output_bytes if last else 0
-    if len(own) == 1 and not schedule.splits:
-        sends_on = own[0] < last
-        of_each = run.kept_bytes(cast_bytes) + (run.output_bytes if sends_on else 0)
-
-        def size_of(held: Held) -> int:
-            come = sum_bytes * run.elements * held.summed[0]
-            return held.forwards[0] * of_each + held.messages * message + come
-
-        fullest = max(moments, key=size_of)
-        come = fullest.summed[0] or not sum_bytes
-        return Holder(
-            stage=run,
-            in_flight=fullest.forwards[0],
-            message_bytes=message * fullest.messages,
-            sends_on=sends_on,
-            receives=own[0] > 0,
-            split=False,
-            awaited=(0, 0) if come else (run.elements, run.expert_elements),
-        )
     kept = [stages[s].kept_bytes(cast_bytes) for s in own]
     late = [stages[s].late_bytes for s in own]
     # a result that another rank gets stays for its backward
     sent = [stages[s].output_bytes if s < last and s + 1 not in own else 0 for s in own]
     alive = [k + s for k, s in zip(kept, sent, strict=True)]
-    # in units of what one micro-batch keeps on all stages: by that the ledger multiplies
     elements = [stages[s].elements for s in own]
     sizes = [
         (
@@ -115,11 +95,13 @@ def _holder(
     ]
     (size, messages, _), then = max(zip(sizes, moments, strict=True), key=lambda both: sum(both[0]))
     awaited = [s for s, came in zip(own, then.summed, strict=True) if not came and sum_bytes]
+    alone = len(own) == 1 and not schedule.splits
     return Holder(
-        stage=run,
-        in_flight=size / max(sum(kept), 1),
+        stage=together([stages[s] for s in own]),
+        # else in units of what one micro-batch keeps on all stages: by that the ledger multiplies
+        in_flight=then.forwards[0] if alone else size / max(sum(kept), 1),
         message_bytes=messages,
-        sends_on=False,
+        sends_on=alone and own[0] < last,
         receives=own[0] > 0,
         split=schedule.splits,
         awaited=(

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from llmspec.compiler.schedules import Schedule
 from llmspec.compiler.search.candidates import Candidate, Family, Outline, Shape, Turn, Way
+from llmspec.compiler.search.meshes import Grid
 from llmspec.compiler.search.objective import Objective, Weight
 from llmspec.compiler.search.pins import Recompute
 from llmspec.compiler.search.space import Space
@@ -45,16 +47,13 @@ def families_of(found: Candidate) -> tuple[Family, ...]:
 
 
 def families_at(way: Way) -> tuple[Family, ...]:
-    shape = way.shape
-    names = list(shape_families(shape))
-    names.append(("zero", str(way.zero)))
-    if shape.grid.pipeline > 1:
-        names.append(("schedule", str(way.schedule)))
-        names.append(("interleave", str(len(shape.cut) // shape.grid.pipeline)))
-    if way.zero:
-        names.append(("sharding", "hybrid" if way.shards < shape.grid.data else "full"))
-    names += [("offload", word) for word in way.offload or ("none",)]
-    return tuple(names)
+    shape, grid = way.shape, way.shape.grid
+    return (
+        *shape_families(shape),
+        *sharing_families(grid, way.zero, way.shards),
+        *schedule_families(grid, way.schedule, len(shape.cut) // grid.pipeline),
+        *(("offload", word) for word in way.offload or ("none",)),
+    )
 
 
 def shape_families(shape: Shape | Outline) -> tuple[Family, ...]:
@@ -76,6 +75,18 @@ def shape_families(shape: Shape | Outline) -> tuple[Family, ...]:
     return tuple(names)
 
 
+def sharing_families(grid: Grid, zero: int, shards: int) -> tuple[Family, ...]:
+    """Of the data ranks."""
+    level = ("zero", str(zero))
+    return (level, ("sharding", "hybrid" if shards < grid.data else "full")) if zero else (level,)
+
+
+def schedule_families(grid: Grid, schedule: Schedule, interleave: int) -> tuple[Family, ...]:
+    if grid.pipeline == 1:
+        return ()
+    return ("schedule", str(schedule)), ("interleave", str(interleave))
+
+
 def plain_families(way: Way) -> set[Family]:
     """Of a plan: those that its outline was opened for, and those that are not looked for."""
     return {f for f in families_at(way) if f != ("offload", "none")}
@@ -85,13 +96,11 @@ def turn_families(turn: Turn) -> set[Family]:
     """As `plain_families`, of the plans under one schedule."""
     sharing = turn.sharing
     grid = sharing.outline.grid
-    names = set(shape_families(sharing.outline))
-    names.add(("zero", str(sharing.zero)))
-    if sharing.zero:
-        names.add(("sharding", "hybrid" if sharing.shards < grid.data else "full"))
-    if grid.pipeline > 1:
-        names |= {("schedule", str(turn.schedule)), ("interleave", str(turn.interleave))}
-    return names
+    return {
+        *shape_families(sharing.outline),
+        *sharing_families(grid, sharing.zero, sharing.shards),
+        *schedule_families(grid, turn.schedule, turn.interleave),
+    }
 
 
 def possible_families(outline: Outline, space: Space) -> set[Family]:
@@ -106,14 +115,12 @@ def possible_families(outline: Outline, space: Space) -> set[Family]:
 
 def families_with(outline: Outline, zero: int, shards: int, space: Space) -> set[Family]:
     """Those of an outline's candidates that shard in one way."""
+    grid = outline.grid
     names = {f for f in shape_families(outline) if f[0] not in SEEN} | set(space.choices)
-    names.add(("zero", str(zero)))
-    if zero:
-        names.add(("sharding", "hybrid" if shards < outline.grid.data else "full"))
-    if outline.grid.pipeline > 1:
-        for interleave, schedules in space.ranges.ways(outline.grid.pipeline):
-            names.add(("interleave", str(interleave)))
-            names |= {("schedule", str(s)) for s in schedules}
+    names.update(sharing_families(grid, zero, shards))
+    for interleave, schedules in space.ranges.ways(grid.pipeline):
+        for schedule in schedules:
+            names.update(schedule_families(grid, schedule, interleave))
     return names
 
 

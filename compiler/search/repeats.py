@@ -80,13 +80,16 @@ class Repeats:
             for start, stop in shape.cut
         ]
 
-    def alike_stages(self, shape: Shape, recompute: Recompute) -> list[Stage]:
-        """The stages of a shape whose blocks all do the same: one list for each way to cut."""
-        option, size = shape.option, shape.microbatch
-        key = (id(option), size, recompute, shape.cut)
+    def known_stages(self, shape: Shape, chosen: Chosen) -> list[Stage]:
+        """As `stages`, one list for each choice and way to cut: others know it by its id."""
+        key = (id(shape.option), shape.microbatch, chosen, shape.cut)
         if key not in self.made:
-            self.made[key] = self.stages(shape, self.alike(option, size, recompute))
+            self.made[key] = self.stages(shape, chosen)
         return self.made[key]
+
+    def alike_stages(self, shape: Shape, recompute: Recompute) -> list[Stage]:
+        """Where all blocks do the same."""
+        return self.known_stages(shape, self.alike(shape.option, shape.microbatch, recompute))
 
     def floor(
         self, shape: Shape, zero: int, shards: int, schedule: Schedule, offload: Offload
@@ -113,27 +116,20 @@ class Repeats:
             return alike
         bare = self.alike_stages(shape, Recompute.NONE)
         plain = self.pricing.residence(shape, zero, shards)
-        found, chosen = bare, None
+        holders, chosen = self.pricing.holders(shape, bare, zero, schedule), None
         for _ in range(MOMENTS):
-            holders = self.pricing.holders(shape, found, zero, schedule)
             homes = [holder.home(plain) for holder in holders]
             chosen = self._at(shape, bare, homes, schedule, offload)
             if chosen is None:  # nothing fits
                 return self.alike(shape.option, shape.microbatch, Recompute.FULL)
             if len(bare) == shape.grid.pipeline:
                 break
-            found = self._kept(shape, chosen)
-            then = self.pricing.holders(shape, found, zero, schedule)
-            if all(a.awaited == b.awaited for a, b in zip(holders, then, strict=True)):
+            before, found = holders, self.known_stages(shape, chosen)
+            holders = self.pricing.holders(shape, found, zero, schedule)
+            if all(a.awaited == b.awaited for a, b in zip(before, holders, strict=True)):
                 break
         assert chosen is not None, "what fits nowhere is left above"
         return chosen if any(chosen) else None
-
-    def _kept(self, shape: Shape, chosen: Chosen) -> list[Stage]:
-        key = (id(shape.option), shape.microbatch, shape.grid.pipeline, chosen, shape.cut)
-        if key not in self.made:
-            self.made[key] = self.stages(shape, chosen)
-        return self.made[key]
 
     def _at(
         self,
