@@ -1,13 +1,14 @@
 """What autograd keeps of a block waits in host memory from its forward to its backward.
 
 A block's values leave while the next block computes, and are gone from the device when that one is
-done; they come back while the block after it runs backward. So the device holds those of two
-blocks at a time. The block whose backward comes right after its forward never leaves.
+done, be it of another of the rank's models; they come back while the block after it runs backward.
+So the device holds those of two blocks at a time. The block whose backward comes right after its
+forward never leaves.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -24,11 +25,13 @@ SMALLEST_SHARE = 16  # of the block's input: starting a copy of less takes longe
 class HostActivations:
     """One per model. Weights, integers and small values stay on the device."""
 
+    # of all models: its values are on the device and in host memory
+    leaving: "ClassVar[_Visit | None]" = None
+
     def __init__(self, mesh: Mesh):
         self.device = mesh.device
         Casts.watched = True
         self.out, self.back = host.Lane(mesh.device), host.Lane(mesh.device)
-        self.leaving: _Visit | None = None  # its values are on the device and in host memory
         self.newest: _Visit | None = None
         self.seen: set[int] = set()  # blocks of this forward
 
@@ -46,7 +49,7 @@ class HostActivations:
         with torch.autograd.graph.saved_tensors_hooks(visit.pack, unpack):
             yield
         self.newest = visit
-        gone, self.leaving = self.leaving, visit
+        gone, HostActivations.leaving = HostActivations.leaving, visit
         if gone is not None:
             gone.leave()
 
@@ -119,7 +122,7 @@ class _Visit:
         if self.fetched:
             return
         self.fetched = True
-        leaving, self.owner.leaving = self.owner.leaving, None
+        leaving, HostActivations.leaving = HostActivations.leaving, None
         if leaving is not None and leaving is not self:
             leaving.leave()  # of another micro-batch, whose backward comes later
         pairs = []

@@ -46,6 +46,8 @@ class Residence:
     standing: gradients have a place all the time, of published software.
     awaited: of the elements that several stages have, those whose gradients have not begun to come
         while most is in flight, and those of experts among them.
+    forwards: the most micro-batches at any moment that wait for their backward; of several stages
+        in units of what one has in host memory on all of them.
     """
 
     zero: int
@@ -61,6 +63,7 @@ class Residence:
     whole_sums: bool = False
     standing: bool = False
     awaited: tuple[int, int] = (0, 0)
+    forwards: float = 1.0
 
     @property
     def parts(self) -> Parts:

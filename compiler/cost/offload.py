@@ -112,14 +112,7 @@ def peak_of(
 def host_ledger(stage: Stage, home: Residence, types: Types, offload: Offload) -> HostLedger:
     elements = home.parts.largest(stage.elements, stage.expert_elements)
     weights, moments = types.weights * elements, types.moments * elements
-    kept = 0
-    if ACTIVATIONS in offload:
-        of_one = sum(
-            r.count * (r.recompute.away_host_bytes if r.recompute else r.cost.away_host_bytes)
-            for r in stage.runs
-            if r.block
-        )
-        kept = round(home.in_flight * of_one)
+    kept = round(home.forwards * stage.away_host_bytes) if ACTIVATIONS in offload else 0
     if PARAMETERS in offload:
         gradients = types.gradients * elements
         return HostLedger(

@@ -22,6 +22,7 @@ class Holder:
     receives: bool
     split: bool
     awaited: tuple[int, int] = (0, 0)
+    forwards: float = 1.0
 
     def home(self, plain: Residence) -> Residence:
         return replace(
@@ -32,6 +33,7 @@ class Holder:
             receives=self.receives,
             split=self.split,
             awaited=self.awaited,
+            forwards=self.forwards,
         )
 
 
@@ -108,7 +110,14 @@ def _holder(
             sum(stages[s].elements for s in awaited),
             sum(stages[s].expert_elements for s in awaited),
         ),
+        forwards=_forwards(moments, [stages[s].away_host_bytes for s in own]),
     )
+
+
+def _forwards(moments: Sequence[Held], sizes: Sequence[int]) -> float:
+    """The most that wait for their backward, in units of one on all stages. `sizes`: of each."""
+    most = max(sum(n * s for n, s in zip(held.forwards, sizes, strict=True)) for held in moments)
+    return most / max(sum(sizes), 1)
 
 
 def _bytes(held: Held, alive: Sequence[int], late: Sequence[int]) -> int:
@@ -118,12 +127,14 @@ def _bytes(held: Held, alive: Sequence[int], late: Sequence[int]) -> int:
 
 def fullest(found: Sequence[Holder], microbatches: int) -> list[Holder]:
     """Of ranks that run equal stages, the one that holds most: of those that have all micro-batches
-    in flight at once, which find no gradients yet, and of the others."""
+    in flight at once, which find no gradients yet, and of the others. `forwards` is what any of
+    those equals has."""
     by_stages: dict[tuple[Stage, bool, bool, bool, tuple[int, int]], Holder] = {}
     for holder in found:
         every = holder.in_flight >= microbatches
         key = (holder.stage, holder.sends_on, holder.receives, every, holder.awaited)
-        known = by_stages.get(key)
-        if known is None or holder.in_flight > known.in_flight:
-            by_stages[key] = holder
+        known = by_stages.setdefault(key, holder)
+        most = max(known.forwards, holder.forwards)
+        fuller = holder if holder.in_flight > known.in_flight else known
+        by_stages[key] = replace(fuller, forwards=most)
     return list(by_stages.values())

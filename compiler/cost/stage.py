@@ -46,6 +46,13 @@ class Run:
         """Computing and sending again, of one use."""
         return self.recompute.whole_s if self.recompute else 0.0
 
+    @property
+    def away_host_bytes(self) -> int:
+        """What one use can have in host memory; units that stand alone keep theirs."""
+        if not self.block:
+            return 0
+        return self.recompute.away_host_bytes if self.recompute else self.cost.away_host_bytes
+
     def kept_bytes(self, cast_bytes: int, expert_cast_bytes: int | None = None) -> int:
         """What autograd keeps of one use; as in `Stage.kept_bytes`."""
         again = self.recompute
@@ -229,6 +236,12 @@ class Stage:
     def fixed_kept_bytes(self) -> int:
         """Of `kept_bytes`, what does not grow with the micro-batch."""
         return sum(r.count * r.cost.fixed_saved_bytes for r in self.runs if not r.recompute)
+
+    @cached_property
+    def away_host_bytes(self) -> int:
+        """Of one micro-batch, in host memory from its forward to its backward, where what autograd
+        keeps goes there."""
+        return sum(r.count * r.away_host_bytes for r in self.runs)
 
     def kept_bytes(self, cast_bytes: int, expert_cast_bytes: int | None = None) -> int:
         """What autograd keeps of one micro-batch; `cast_bytes`: of each weight element that it

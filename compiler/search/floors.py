@@ -88,6 +88,7 @@ class _Alike:
 
     ranks: np.ndarray
     in_flight: np.ndarray
+    forwards: np.ndarray
     messages: np.ndarray
     home: Residence
     stage: Stage
@@ -172,9 +173,9 @@ class Floors:
                 lacks += (trade.most - trade.fewest) * alike.in_flight
                 bare_missing = max(bare_missing, float(lacks.max()))
                 if offload:
-                    home = replace(plain, in_flight=float(alike.in_flight.max()))
+                    home = replace(plain, forwards=float(alike.forwards.max()))
                     there = host_ledger(alike.stage, home, self.pricing.types, offload)
-                    away = int(home.in_flight * trade.fewest_away)
+                    away = int(home.forwards * trade.fewest_away)
                     bare_host = max(bare_host, there.total)
                     host = max(host, there.total - there.activations + away)
         # activations in host memory cost at least nothing
@@ -281,6 +282,7 @@ class Floors:
                 _Alike(
                     np.array(same),
                     np.array([holders[r].in_flight for r in same], dtype=float),
+                    np.array([holders[r].forwards for r in same], dtype=float),
                     np.array([holders[r].message_bytes for r in same], dtype=float),
                     replace(holders[same[0]].home(plain), message_bytes=0),
                     holders[same[0]].stage,

@@ -113,6 +113,23 @@ def kept(rank: int, again: bool) -> int:
     return total
 
 
+def there_after_another(rank: int) -> list[bool]:
+    """What is on the device of two models' blocks, their forwards done one after the other."""
+    mesh = Mesh.create("cpu")
+    models = [Model(mesh, away=True, again=False) for _ in range(2)]
+    for model in models:
+        initialise(model, mesh, seed=1)
+    outs = [model(input_of(0)) for model in models]
+    assert all(out.requires_grad for out in outs)
+    visits = [visit for model in models for visit in chain(model.host.newest)]
+    return [any(s.there is not None for s in visit.storages.values()) for visit in visits]
+
+
+def test_a_block_leaves_as_that_of_another_model_computes():
+    [there] = run(1, there_after_another)
+    assert [i for i, here in enumerate(there) if here] == [BLOCKS], "the last one's last"
+
+
 def chain(visit):
     while visit is not None:
         yield visit
