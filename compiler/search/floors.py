@@ -15,9 +15,10 @@ from llmspec.compiler.cost.closed import ROUNDING
 from llmspec.compiler.cost.floors import beside_bytes, standing_bytes
 from llmspec.compiler.cost.memory import Residence, cast_bytes
 from llmspec.compiler.cost.offload import ACTIVATIONS, Offload, away_bytes, host_ledger
+from llmspec.compiler.cost.rank import Holder
 from llmspec.compiler.cost.stage import Run, Stage
-from llmspec.compiler.schedules import Schedule, stages_of
-from llmspec.compiler.search.candidates import Floor, Shape
+from llmspec.compiler.schedules import stages_of
+from llmspec.compiler.search.candidates import Floor, Shape, Way
 from llmspec.compiler.search.chain import Chain
 from llmspec.compiler.search.pricing import Pricing
 
@@ -84,14 +85,14 @@ def _stays(run: Run, casts: tuple[int, int], offload: Offload) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Alike:
-    """Ranks that run equal stages and differ in what is in flight."""
+    """Ranks that run equal stages and differ in what is in flight. holder: the first of them, but
+    for messages."""
 
     ranks: np.ndarray
     in_flight: np.ndarray
     forwards: np.ndarray
     messages: np.ndarray
-    home: Residence
-    stage: Stage
+    holder: Holder
     names: tuple[str, ...]
 
 
@@ -106,67 +107,41 @@ class Floors:
     trades: dict[tuple[object, ...], Trade] = field(default_factory=dict)
     spare: dict[tuple[object, ...], tuple[float, float, Trade]] = field(default_factory=dict)
     known: dict[tuple[object, ...], Floor] = field(default_factory=dict)
-    homes: dict[tuple[int, Residence], Residence] = field(default_factory=dict)
     of_alike: dict[tuple[int, tuple[int, int], bool], Trade] = field(default_factory=dict)
 
-    def of(
-        self,
-        shape: Shape,
-        bare: list[Stage],
-        zero: int,
-        shards: int,
-        schedule: Schedule,
-        offload: Offload,
-        *,
-        free: bool,
-    ) -> Floor:
+    def of(self, way: Way, bare: list[Stage], *, free: bool) -> Floor:
         """`bare`: the stages with nothing computed again, in a list that its maker keeps. free:
         whether they may compute again what no choice of the search does."""
-        sharing = (shape.grid, shape.microbatches, zero, shards, schedule, offload, free)
-        key = (id(bare), *sharing)
+        shape = way.shape
+        sharing = (shape.grid, shape.microbatches, way.zero, way.shards, way.schedule, way.offload)
+        key = (id(bare), *sharing, free)
         if key not in self.known:
-            self.known[key] = self._floor(shape, bare, zero, shards, schedule, offload, free)
+            self.known[key] = self._floor(way, bare, free=free)
         return self.known[key]
 
-    def missing(
-        self,
-        shape: Shape,
-        stages: list[Stage],
-        zero: int,
-        shards: int,
-        schedule: Schedule,
-        offload: Offload,
-    ) -> float:
+    def missing(self, way: Way, stages: list[Stage]) -> float:
         """Bytes by which the fullest rank of these stages is too large at the least."""
-        if ACTIVATIONS in offload:
+        if ACTIVATIONS in way.offload:
             return -np.inf
-        plain = self.pricing.residence(shape, zero, shards)
+        plain = self.pricing.residence(way.shape, way.zero, way.shards)
+        casts = cast_bytes(plain, self.pricing.types)
         worst = -np.inf
-        for alike in self._alike(shape, stages, zero, schedule):
-            allowed, _ = self._allowed(shape, alike, plain, offload)
-            casts = cast_bytes(alike.home, self.pricing.types)
-            runs = alike.stage.named_runs(alike.names)
+        for alike in self._alike(way, stages):
+            allowed, _ = self._allowed(way, alike, plain)
+            runs = alike.holder.stage.named_runs(alike.names)
             kept = sum(run.count * run.kept_bytes(*casts) for name, run in runs if name)
             worst = max(worst, float(((kept - allowed) * alike.in_flight).max()))
         return worst
 
-    def _floor(
-        self,
-        shape: Shape,
-        bare: list[Stage],
-        zero: int,
-        shards: int,
-        schedule: Schedule,
-        offload: Offload,
-        free: bool,
-    ) -> Floor:
+    def _floor(self, way: Way, bare: list[Stage], *, free: bool) -> Floor:
+        shape, zero, shards, offload = way.shape, way.zero, way.shards, way.offload
         again = np.zeros(shape.grid.pipeline)
         missing = bare_missing = -np.inf
         host = bare_host = 0.0
         if not free:
             plain = self.pricing.residence(shape, zero, shards)
-            for alike in self._alike(shape, bare, zero, schedule):
-                allowed, trade = self._allowed(shape, alike, plain, offload)
+            for alike in self._alike(way, bare):
+                allowed, trade = self._allowed(way, alike, plain)
                 again[alike.ranks] = trade.least_s(allowed)
                 lacks = (trade.fewest - allowed) * alike.in_flight
                 missing = max(missing, float(lacks.max()))
@@ -174,32 +149,30 @@ class Floors:
                 bare_missing = max(bare_missing, float(lacks.max()))
                 if offload:
                     home = replace(plain, forwards=float(alike.forwards.max()))
-                    there = host_ledger(alike.stage, home, self.pricing.types, offload)
+                    there = host_ledger(alike.holder.stage, home, self.pricing.types, offload)
                     away = int(home.forwards * trade.fewest_away)
                     bare_host = max(bare_host, there.total)
                     host = max(host, there.total - there.activations + away)
         # activations in host memory cost at least nothing
         staying = tuple(word for word in offload if word != ACTIVATIONS)
-        seconds = self.pricing.least_s(shape, bare, zero, shards, schedule, staying, again.tolist())
+        seconds = self.pricing.least_s(
+            shape, bare, zero, shards, way.schedule, staying, again.tolist()
+        )
         return Floor(ROUNDING * seconds, missing, bare_missing, host, bare_host)
 
-    def _allowed(
-        self, shape: Shape, alike: _Alike, plain: Residence, offload: Offload
-    ) -> tuple[np.ndarray, Trade]:
+    def _allowed(self, way: Way, alike: _Alike, plain: Residence) -> tuple[np.ndarray, Trade]:
         """What blocks may keep of one micro-batch, by rank."""
-        key = (id(alike), plain, offload)
+        key = (id(alike), plain, way.offload)
         if key not in self.spare:
-            self.spare[key] = self._spare(shape, alike, plain, offload)
+            self.spare[key] = self._spare(way, alike, plain)
         spare, others, trade = self.spare[key]
         # a byte more, for the ledger rounds
         return (spare + 1 - alike.messages) / alike.in_flight - others, trade
 
-    def _spare(
-        self, shape: Shape, alike: _Alike, plain: Residence, offload: Offload
-    ) -> tuple[float, float, Trade]:
+    def _spare(self, way: Way, alike: _Alike, plain: Residence) -> tuple[float, float, Trade]:
         """(bytes that are left for all micro-batches in flight, what each keeps besides blocks)."""
-        types, machine, stage = self.pricing.types, self.pricing.machine, alike.stage
-        home = self._home(alike, plain)
+        types, machine, offload = self.pricing.types, self.pricing.machine, way.offload
+        stage, home = alike.holder.stage, alike.holder.home(plain)
         casts = cast_bytes(home, types)
         standing = standing_bytes(stage, home, types, machine, offload)
         first, _ = beside_bytes(stage, home, types, machine)
@@ -209,29 +182,15 @@ class Floors:
         if home.sends_on:  # of each micro-batch; `standing` has it of those of the first rank
             others += stage.output_bytes
             standing -= round(home.in_flight * stage.output_bytes)
-        trade = self._trade(shape, alike, casts, ACTIVATIONS in offload)
+        trade = self._trade(way.shape, alike, casts, ACTIVATIONS in offload)
         return self.budget_bytes - standing - first, others, trade
-
-    def _home(self, alike: _Alike, plain: Residence) -> Residence:
-        key = (id(alike), plain)
-        if key not in self.homes:
-            known = alike.home
-            self.homes[key] = replace(
-                plain,
-                in_flight=known.in_flight,
-                sends_on=known.sends_on,
-                receives=known.receives,
-                split=known.split,
-                awaited=known.awaited,
-            )
-        return self.homes[key]
 
     def _trade(self, shape: Shape, alike: _Alike, of_cast: tuple[int, int], away: bool) -> Trade:
         """of_cast: bytes of a cast weight; away: what blocks keep waits in host memory, where it
         can."""
         known = (id(alike), of_cast, away)
         if known not in self.of_alike:
-            runs = alike.stage.named_runs(alike.names)
+            runs = alike.holder.stage.named_runs(alike.names)
             casts = {name: run.cast_kept_bytes(*of_cast) for name, run in runs if name}
             self.of_alike[known] = self._trade_with(shape, alike, casts, away)
         return self.of_alike[known]
@@ -260,15 +219,12 @@ class Floors:
             self.trades[key] = trade_of(blocks, there)
         return self.trades[key]
 
-    def _alike(
-        self, shape: Shape, bare: list[Stage], zero: int, schedule: Schedule
-    ) -> list[_Alike]:
-        ranks = shape.grid.pipeline
-        ids = tuple(map(id, bare))
-        sums = self.pricing.sum_bytes(shape, zero)
-        key = (schedule, ids, ranks, shape.microbatches, zero == 0, sums)
+    def _alike(self, way: Way, bare: list[Stage]) -> list[_Alike]:
+        shape, zero, schedule = way.shape, way.zero, way.schedule
+        key = self.pricing.held_key(shape, bare, zero, schedule)
         if key not in self.alike:
             groups: dict[tuple[object, ...], list[int]] = {}
+            ranks, ids = shape.grid.pipeline, [id(stage) for stage in bare]
             holders = self.pricing.holders(shape, bare, zero, schedule)
             for rank, holder in enumerate(holders):
                 several = holder.in_flight > 1
@@ -277,15 +233,13 @@ class Floors:
                 own = tuple(ids[s] for s in mine)
                 edges = (holder.sends_on, holder.receives, several, full, holder.awaited)
                 groups.setdefault((own, *edges), []).append(rank)
-            plain = self.pricing.residence(shape, zero, 1)
             self.alike[key] = [
                 _Alike(
                     np.array(same),
                     np.array([holders[r].in_flight for r in same], dtype=float),
                     np.array([holders[r].forwards for r in same], dtype=float),
                     np.array([holders[r].message_bytes for r in same], dtype=float),
-                    replace(holders[same[0]].home(plain), message_bytes=0),
-                    holders[same[0]].stage,
+                    replace(holders[same[0]], message_bytes=0),
                     self._names(shape, stages_of(schedule, same[0], len(bare), ranks)),
                 )
                 for same in groups.values()

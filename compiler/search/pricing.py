@@ -55,7 +55,7 @@ class Pricing:
         self, shape: Shape, stages: list[Stage], zero: int, schedule: Schedule
     ) -> list[Holder]:
         """Every rank, as the ledger sees it."""
-        key = self._held_key(shape, stages, zero, schedule)
+        key = self.held_key(shape, stages, zero, schedule)
         if key not in self.held:
             casts = self.types.mixed and zero == 0 and not self.machine.short_weights
             cast = self.types.compute if casts else 0
@@ -64,11 +64,11 @@ class Pricing:
             self.held[key] = holders(schedule, stages, ranks, count, cast, sums)
         return self.held[key]
 
-    def _held_key(
+    def held_key(
         self, shape: Shape, stages: list[Stage], zero: int, schedule: Schedule
     ) -> tuple[object, ...]:
-        """Of ZeRO it matters whether there is any, for then autograd does not keep weights as cast,
-        and which gradients stay."""
+        """What decides that: of ZeRO whether there is any, for then autograd does not keep weights
+        as cast, and which gradients stay."""
         ids, sums = tuple(id(stage) for stage in stages), self.sum_bytes(shape, zero)
         return schedule, ids, shape.grid.pipeline, shape.microbatches, zero == 0, sums
 
@@ -84,7 +84,7 @@ class Pricing:
     def _fullest(
         self, shape: Shape, stages: list[Stage], zero: int, schedule: Schedule
     ) -> list[Holder]:
-        key = self._held_key(shape, stages, zero, schedule)
+        key = self.held_key(shape, stages, zero, schedule)
         if key not in self.most:
             found = self.holders(shape, stages, zero, schedule)
             self.most[key] = fullest(found, shape.microbatches)

@@ -10,10 +10,10 @@ from llmspec.compiler.cost.offload import Offload
 from llmspec.compiler.cost.recompute import Operators
 from llmspec.compiler.cost.stage import Stage, together
 from llmspec.compiler.plan import EVERYTHING
-from llmspec.compiler.schedules import Schedule, stages_of
-from llmspec.compiler.search.candidates import Shape
+from llmspec.compiler.schedules import stages_of
+from llmspec.compiler.search.candidates import Floor, Shape, Way
 from llmspec.compiler.search.chain import Chain
-from llmspec.compiler.search.floors import Floor, Floors
+from llmspec.compiler.search.floors import Floors
 from llmspec.compiler.search.options import TensorOption
 from llmspec.compiler.search.pins import Pins, Recompute
 from llmspec.compiler.search.policies import Chosen, fitting
@@ -91,35 +91,28 @@ class Repeats:
         """Where all blocks do the same."""
         return self.known_stages(shape, self.alike(shape.option, shape.microbatch, recompute))
 
-    def floor(
-        self, shape: Shape, zero: int, shards: int, schedule: Schedule, offload: Offload
-    ) -> Floor:
+    def floor(self, way: Way) -> Floor:
         """Of the plans that differ in what they compute again alone. Operators that a spec lists
         may free bytes that no choice of the search does."""
-        bare = self.alike_stages(shape, Recompute.NONE)
-        free = shape.recompute is Recompute.LISTED
-        return self.floors.of(shape, bare, zero, shards, schedule, offload, free=free)
+        bare = self.alike_stages(way.shape, Recompute.NONE)
+        return self.floors.of(way, bare, free=way.shape.recompute is Recompute.LISTED)
 
-    def missing(
-        self, shape: Shape, zero: int, shards: int, schedule: Schedule, offload: Offload
-    ) -> float:
+    def missing(self, way: Way) -> float:
         """Bytes by which a plan whose blocks compute everything again is too large at the least."""
-        stages = self.alike_stages(shape, Recompute.FULL)
-        return self.floors.missing(shape, stages, zero, shards, schedule, offload)
+        return self.floors.missing(way, self.alike_stages(way.shape, Recompute.FULL))
 
-    def chosen(
-        self, shape: Shape, zero: int, shards: int, schedule: Schedule, offload: Offload
-    ) -> Chosen | None:
+    def chosen(self, way: Way) -> Chosen | None:
         """None where nothing need be computed again."""
+        shape, zero, schedule = way.shape, way.zero, way.schedule
         alike = self.alike(shape.option, shape.microbatch, shape.recompute)
         if shape.recompute is not Recompute.SELECTIVE:
             return alike
         bare = self.alike_stages(shape, Recompute.NONE)
-        plain = self.pricing.residence(shape, zero, shards)
+        plain = self.pricing.residence(shape, zero, way.shards)
         holders, chosen = self.pricing.holders(shape, bare, zero, schedule), None
         for _ in range(MOMENTS):
             homes = [holder.home(plain) for holder in holders]
-            chosen = self._at(shape, bare, homes, schedule, offload)
+            chosen = self._at(way, bare, homes)
             if chosen is None:  # nothing fits
                 return self.alike(shape.option, shape.microbatch, Recompute.FULL)
             if len(bare) == shape.grid.pipeline:
@@ -131,16 +124,10 @@ class Repeats:
         assert chosen is not None, "what fits nowhere is left above"
         return chosen if any(chosen) else None
 
-    def _at(
-        self,
-        shape: Shape,
-        bare: list[Stage],
-        homes: list[Residence],
-        schedule: Schedule,
-        offload: Offload,
-    ) -> Chosen | None:
+    def _at(self, way: Way, bare: list[Stage], homes: list[Residence]) -> Chosen | None:
         """What every rank chooses at the moment when it holds most; None when one finds nothing
         that fits."""
+        shape, schedule, offload = way.shape, way.schedule, way.offload
         out: list[Operators] = [()] * len(self.chain.instances)
         for rank, home in enumerate(homes):
             mine = stages_of(schedule, rank, len(bare), shape.grid.pipeline)

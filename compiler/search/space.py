@@ -352,18 +352,17 @@ class Space:
         return self.misses(plain, self.floor(plain))
 
     def floor(self, way: Way) -> Floor:
-        return self.repeats.floor(way.shape, way.zero, way.shards, way.schedule, way.offload)
+        return self.repeats.floor(way)
 
     def misses(self, way: Way, floor: Floor) -> float:
         """Bytes by which no choice of what to compute again makes a plan fit; not positive where
         one may."""
-        shape = way.shape
-        if shape.recompute is Recompute.NONE:
+        if way.shape.recompute is Recompute.NONE:
             return floor.bare_missing_bytes
         if _one_at_a_time(way):
             return floor.missing_bytes
         # in flight is what only the whole plan's ledger counts; nothing keeps less than inputs
-        return self.repeats.missing(shape, way.zero, way.shards, way.schedule, way.offload)
+        return self.repeats.missing(way)
 
     def host_lacks(self, way: Way, floor: Floor) -> bool:
         """Whether there is too little host memory whatever is computed again."""
@@ -380,11 +379,8 @@ class Space:
             if set(less) < set(way.offload)
         ):
             return None
-        shape, zero, shards, schedule = way.shape, way.zero, way.shards, way.schedule
-        chosen = self.repeats.chosen(shape, zero, shards, schedule, way.offload)
-        if chosen is None:
-            return None
-        return self._candidate(shape, chosen, zero, shards, schedule, way.offload)
+        chosen = self.repeats.chosen(way)
+        return None if chosen is None else self._candidate(way, chosen)
 
     def _fits(self, way: Way) -> bool:
         if PARAMETERS in way.offload and not _parameters_can_leave(way.shape.grid, way.zero):
@@ -394,17 +390,11 @@ class Space:
             self.fitting[way.key] = found is not None and found.times is not None
         return self.fitting[way.key]
 
-    def _candidate(
-        self,
-        shape: Shape,
-        chosen: Chosen,
-        zero: int,
-        shards: int,
-        schedule: Schedule,
-        offload: Offload,
-    ) -> Candidate | None:
+    def _candidate(self, way: Way, chosen: Chosen) -> Candidate | None:
         """None when the host has no memory for it."""
-        stages, price = self.repeats.stages(shape, chosen), self.pricing
+        shape, zero, shards, schedule = way.shape, way.zero, way.shards, way.schedule
+        offload, price = way.offload, self.pricing
+        stages = self.repeats.stages(shape, chosen)
         memory, host = price.worst_ledger(shape, stages, zero, shards, schedule, offload)
         if host.total > self.host_bytes:
             self.host_needed = min(host.total, self.host_needed or host.total)
