@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from llmspec.compiler.cost.closed import least_makespan_s, makespan_s
@@ -28,12 +28,42 @@ from llmspec.compiler.cost.offload import (
 )
 from llmspec.compiler.cost.rank import Holder, fullest, holders, run_by_ranks
 from llmspec.compiler.cost.stage import Stage
-from llmspec.compiler.cost.step import Step, Times, durations, stage_work, step_times, tail
+from llmspec.compiler.cost.step import Step, Tail, Times, durations, stage_work, step_times, tail
 from llmspec.compiler.cost.types import Types
 from llmspec.compiler.placement import Collective
 from llmspec.compiler.plan import MeshSizes
 from llmspec.compiler.schedules import Schedule, actions, rank_of, stages_of
 from llmspec.compiler.search.candidates import Shape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Timed:
+    """What every way to time a step begins with.
+
+    data: of each stage. ranks, rank_data: what each rank runs, as one stage, and what that costs
+    the data axes. held_s: by which a message, that takes send_s, lengthens a forward or backward.
+    tied_s: of summing gradients of weights that two stages hold. tail: of a rank's stage, what it
+    costs the data axes, and its share of tied_s.
+    """
+
+    stages: list[Stage]
+    data: list[DataCost]
+    ranks: list[Stage]
+    rank_data: list[DataCost]
+    send_s: float
+    held_s: float
+    tied_s: float
+    tail: Callable[[Stage, DataCost, float], Tail]
+
+    @property
+    def spent(self) -> list[tuple[float, float]]:
+        """Seconds of each stage's forward and backward, with its message."""
+        both = map(durations, self.stages, self.data)
+        return [(forward + self.held_s, backward + self.held_s) for forward, backward in both]
+
+    @property
+    def late_s(self) -> list[float]:
+        return [stage.late_s for stage in self.stages]
 
 
 @dataclass
@@ -205,26 +235,16 @@ class Pricing:
         """`play`: the schedule's own action lists instead of the closed form."""
         if play and len(stages) > 1:
             return self.step(shape, stages, zero, shards, schedule, offload).times()
-        data = self.data_costs(shape, stages, zero, shards, offload)
-        mesh = shape.grid.mesh(shards)
-        parts = shape.grid.parts(zero, shards)
-        ranks, count = mesh.pipeline, shape.microbatches
-        late = [s.late_s for s in stages]
-        sending = self._message_s(stages, mesh)
-        held = self._held_s(sending)
-        spent = [(f + held, b + held) for f, b in map(durations, stages, data)]
-        span = makespan_s(spent, count, sending, schedule=schedule, ranks=ranks, late_s=late)
-        shared = self.shared_weights(stages, mesh, parts.shared, schedule)
-        own = self.by_ranks(shape, stages, schedule)
-        own_data = self.rank_data_costs(shape, data, schedule)
-        distinct = {(id(s), id(d)): (s, d) for s, d in zip(own, own_data, strict=True)}
-        own, own_data = [s for s, _ in distinct.values()], [d for _, d in distinct.values()]
-        where = shape.option.where
-        tails = [
-            tail(s, d, parts, where, shared[1], self.types, self.machine, offload)
-            for s, d in zip(own, own_data, strict=True)
-        ]
-        return step_times(own, own_data, tails, count, span, held * len(stages) / ranks)
+        known = self._timed(shape, stages, zero, shards, schedule, offload)
+        ranks, count = shape.grid.pipeline, shape.microbatches
+        span = makespan_s(
+            known.spent, count, known.send_s, schedule=schedule, ranks=ranks, late_s=known.late_s
+        )
+        pairs = zip(known.ranks, known.rank_data, strict=True)
+        distinct = {(id(s), id(d)): (s, d) for s, d in pairs}.values()
+        own, own_data = [s for s, _ in distinct], [d for _, d in distinct]
+        tails = [known.tail(s, d, known.tied_s) for s, d in distinct]
+        return step_times(own, own_data, tails, count, span, known.held_s * len(stages) / ranks)
 
     def least_s(
         self,
@@ -242,39 +262,22 @@ class Pricing:
         Computing longer hides more of what a stage sends: of a backward that is no more than all
         its exposed seconds, once a step no more than that for each of its reductions.
         """
-        data = self.data_costs(shape, stages, zero, shards, offload)
-        mesh, parts = shape.grid.mesh(shards), shape.grid.parts(zero, shards)
-        sending = self._message_s(stages, mesh)
-        held = self._held_s(sending)
-        spent = [(f + held, b + held) for f, b in map(durations, stages, data)]
-        own = self.by_ranks(shape, stages, schedule)
-        own_data = self.rank_data_costs(shape, data, schedule)
+        known = self._timed(shape, stages, zero, shards, schedule, offload)
         longer = [
             max(0.0, more - d.backward_s - d.host_backward_s)
-            for more, d in zip(again_s, own_data, strict=True)
+            for more, d in zip(again_s, known.rank_data, strict=True)
         ]
-        late = [s.late_s for s in stages]
         count = shape.microbatches
-        span = least_makespan_s(spent, longer, count, schedule=schedule, late_s=late)
-        shared = self.shared_weights(stages, mesh, parts.shared, schedule)
+        span = least_makespan_s(known.spent, longer, count, schedule=schedule, late_s=known.late_s)
         sums = 2 if zero == 1 else 1
         ends: dict[tuple[int, int, float], float] = {}
-        for stage, cost, more in zip(own, own_data, again_s, strict=True):
+        for stage, cost, more in zip(known.ranks, known.rank_data, again_s, strict=True):
             key = (id(stage), id(cost), more)
             if key not in ends:
-                end = tail(
-                    stage,
-                    cost,
-                    parts,
-                    shape.option.where,
-                    shared[1],
-                    self.types,
-                    self.machine,
-                    offload,
-                )
                 hidden = sums * more if sums <= count else cost.last_s
+                end = known.tail(stage, cost, known.tied_s)
                 ends[key] = end.total - min(cost.last_s, hidden)
-        return span + 2 * (len(stages) - 1) * sending + max(ends.values())
+        return span + 2 * (len(stages) - 1) * known.send_s + max(ends.values())
 
     def step(
         self,
@@ -286,41 +289,53 @@ class Pricing:
         offload: Offload = (),
     ) -> Step:
         """Everything that a step's action lists are played with."""
-        data = self.data_costs(shape, stages, zero, shards, offload)
-        mesh, parts = shape.grid.mesh(shards), shape.grid.parts(zero, shards)
-        own = self.by_ranks(shape, stages, schedule)
-        own_data = self.rank_data_costs(shape, data, schedule)
-        ranks, count, where = mesh.pipeline, shape.microbatches, shape.option.where
-        _, tied_s = self.shared_weights(stages, mesh, parts.shared, schedule)
+        known = self._timed(shape, stages, zero, shards, schedule, offload)
+        ranks, count = shape.grid.pipeline, shape.microbatches
         ends = {0, rank_of(schedule, len(stages) - 1, ranks)}
-        tied = [tied_s if rank in ends else 0.0 for rank in range(ranks)]
-        sending = self._message_s(stages, mesh)
-        held = self._held_s(sending)
+        tied = [known.tied_s if rank in ends else 0.0 for rank in range(ranks)]
         return Step(
             lists=self.action_lists(schedule, len(stages), ranks, count, zero),
             works=tuple(
-                stage_work(s, d, held, splits=schedule.splits)
-                for s, d in zip(stages, data, strict=True)
+                stage_work(s, d, known.held_s, splits=schedule.splits)
+                for s, d in zip(stages, known.data, strict=True)
             ),
-            ranks=tuple(own),
-            data=tuple(own_data),
-            tails=tuple(
-                tail(s, d, parts, where, shared, self.types, self.machine, offload)
-                for s, d, shared in zip(own, own_data, tied, strict=True)
-            ),
+            ranks=tuple(known.ranks),
+            data=tuple(known.rank_data),
+            tails=tuple(map(known.tail, known.ranks, known.rank_data, tied)),
             microbatches=count,
+            send_s=known.send_s,
+            tied_s=known.tied_s,
+            held_s=known.held_s,
+        )
+
+    def _timed(
+        self,
+        shape: Shape,
+        stages: list[Stage],
+        zero: int,
+        shards: int,
+        schedule: Schedule,
+        offload: Offload,
+    ) -> _Timed:
+        data = self.data_costs(shape, stages, zero, shards, offload)
+        mesh, parts = shape.grid.mesh(shards), shape.grid.parts(zero, shards)
+        sending = self._message_s(stages, mesh)
+        where, types, machine = shape.option.where, self.types, self.machine
+        return _Timed(
+            stages=stages,
+            data=data,
+            ranks=self.by_ranks(shape, stages, schedule),
+            rank_data=self.rank_data_costs(shape, data, schedule),
             send_s=sending,
-            tied_s=tied_s,
-            held_s=held,
+            # it holds up the kernels of its stage by what cannot overlap
+            held_s=(1 - machine.overlap) * sending,
+            tied_s=self.shared_weights(stages, mesh, parts.shared, schedule)[1],
+            tail=lambda s, d, tied_s: tail(s, d, parts, where, tied_s, types, machine, offload),
         )
 
     def _message_s(self, stages: list[Stage], mesh: MeshSizes) -> float:
         message = max((s.output_bytes for s in stages[:-1]), default=0)
         return send_s(message, mesh, self.machine) if len(stages) > 1 else 0.0
-
-    def _held_s(self, sending_s: float) -> float:
-        """A message holds up the kernels of its stage by what cannot overlap."""
-        return (1 - self.machine.overlap) * sending_s
 
     def shared_weights(
         self, stages: list[Stage], mesh: MeshSizes, parts: int, schedule: Schedule
