@@ -20,6 +20,7 @@ from llmspec.compiler.cost.unit import (
     kept_weights,
     new_casts,
     operator_sends_s,
+    ordered_bytes,
     parameter_nodes,
     priced_move,
     sent_by,
@@ -420,9 +421,20 @@ def _step(
         whole = width * numel(move.whole_shape)
         spent = priced_move(move.conversion, whole, where, machine).forward_s
         sends = ((move.axis, str(move.conversion.forward), whole, 1),)
-        quiet = move.conversion.forward is Collective.SLICE
+        step, both = move.conversion, (move.have, move.want, whole, move.ranks)
+        of_operand = width * numel(shape_of(operands[0]))
+        gradients = size + of_operand + ordered_bytes(step.backward, *both)
+        hands_on = step.backward is Collective.NONE
         return Step(
-            node.name, node, size, reads, sent_s={"tensor": spent}, sends=() if quiet else sends
+            node.name,
+            node,
+            size,
+            reads,
+            working_bytes=0 if hands_on else gradients,
+            making_bytes=ordered_bytes(step.forward, *both),
+            hands_on=hands_on,
+            sent_s={"tensor": spent},
+            sends=() if step.forward is Collective.SLICE else sends,
         )
     shapes = shapes_of(node)
     cost = operator_cost(node, shapes, machine, width)

@@ -134,6 +134,18 @@ def move(
     return priced_move(step, width * numel(shape), where, machine)
 
 
+def ordered_bytes(kind: Collective, have: State, want: State, size: int, ranks: int) -> int:
+    """What a collective that brings a value of `size` bytes from one state into another has beside
+    both: the parts in the order of ranks, where they do not lie so (runtime/collectives.py)."""
+    match kind:
+        case Collective.ALL_GATHER | Collective.REDUCE_SCATTER:
+            return size if (have.dim or want.dim) else 0
+        case Collective.ALL_TO_ALL:
+            return (bool(have.dim) + bool(want.dim)) * size // ranks
+        case _:
+            return 0
+
+
 def priced_move(step: Conversion, size: int, where: Group, machine: Machine) -> Move:
     seconds = []
     for kind in (step.forward, step.backward):
