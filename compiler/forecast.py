@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from llmspec.compiler.cost.memory import Ledger, Residence
+from llmspec.compiler.cost.memory import Ledger
 from llmspec.compiler.cost.network import group, inner_groups
 from llmspec.compiler.cost.offload import crossing_bytes, ledgers
 from llmspec.compiler.cost.play import Event, Played
 from llmspec.compiler.cost.rank import Holder
+from llmspec.compiler.cost.residence import Residence
 from llmspec.compiler.cost.stage import Stage
 from llmspec.compiler.cost.step import Step
 from llmspec.compiler.errors import Refused

@@ -158,28 +158,38 @@ def add_sharding(own: list[Action], zero: int) -> list[Action]:
 # What is in flight
 
 
+NONE, EARLY, ALL = range(3)
+"""Which gradients of a stage have come: after its first I, those that need no W."""
+
+
 class Held(NamedTuple):
     """Micro-batches that a rank holds at one moment, for each of its stages in the chain's order.
 
     forwards: whose backward has not begun. late: between I and W. messages: values of other ranks
-    that nothing has used yet; that of the next backward is there until its end. summed: whether a
-    backward of the stage has begun before this one (1) or not (0).
+    that nothing has used yet; that of the next backward is there until its end. come: which of the
+    stage's gradients have come in backwards before this one. early: whether no W has followed the
+    last I. runs: the place of the stage that goes backward now, kind: which part of it.
     """
 
     forwards: tuple[int, ...]
     late: tuple[int, ...]
     messages: int = 0
-    summed: tuple[int, ...] = ()
+    come: tuple[int, ...] = ()
+    early: tuple[int, ...] = ()
+    runs: int = 0
+    kind: str = "B"
 
 
 @lru_cache(maxsize=4096)
 def held_at_once(
     schedule: Schedule, stages: int, ranks: int, microbatches: int
 ) -> tuple[tuple[Held, ...], ...]:
-    """By rank: the moments that no other moment of the step exceeds in every number."""
+    """By rank: the moments that no other one as the same stage does the same exceeds in every
+    number."""
     if schedule is Schedule.GPIPE:
-        none, one = Held((microbatches,), (0,), 1, (0,)), Held((microbatches - 1,), (0,), 1, (1,))
-        return ((none, one) if microbatches > 1 else (none._replace(summed=(1,)),),) * ranks
+        first = Held((microbatches,), (0,), 1, come=(NONE,), early=(0,))
+        second = first._replace(forwards=(microbatches - 1,), come=(ALL,))
+        return ((first, second) if microbatches > 1 else (first,),) * ranks
     fewer = _representative(schedule, stages, ranks, microbatches)
     if fewer < microbatches:
         return held_at_once(schedule, stages, ranks, fewer)
@@ -205,34 +215,37 @@ def _moments(own: Sequence[Action], stages: tuple[int, ...]) -> tuple[Held, ...]
     """`own`: a rank's list, sends and receives among it."""
     count = len(stages)
     at = {stage: i for i, stage in enumerate(stages)}
-    now, summed = [0] * (2 * count), [0] * count
+    forwards, late, early, come = ([0] * count for _ in range(4))
     came: set[tuple[int, str, int | None]] = set()
     seen: dict[tuple[int, ...], None] = {}
-    grown, before = False, [0] * (2 * count + 1)
-    for action in own:
-        stage, kind, m = action
+    for stage, kind, m in own:
         if kind not in COMPUTES:
             if kind.startswith("RECV"):
                 came.add((stage, kind[-1], m))
             continue
-        # a moment before a further forward is exceeded by the next one
-        if grown and kind != "F":
-            seen[*now, len(came), *summed] = None
-        grown = kind in ("F", "I")
+        place = at[stage]
         if kind != "F":
-            before = [*now, len(came)]
-            grown |= not summed[at[stage]]
-            summed[at[stage]] = 1
+            numbers = (*forwards, *late, *come, *early, len(came))
+            seen[*numbers, place, COMPUTES.index(kind)] = None
         came.discard((stage, "B" if kind == "I" else kind, m))
-        now[at[stage]] += {"F": 1, "B": -1, "I": -1}.get(kind, 0)
-        now[count + at[stage]] += {"I": 1, "W": -1}.get(kind, 0)
-    seen[*before, *summed] = None  # the last one ends with all gradients
+        forwards[place] += {"F": 1, "B": -1, "I": -1}.get(kind, 0)
+        late[place] += {"I": 1, "W": -1}.get(kind, 0)
+        if kind != "F":
+            early[place] = int(kind == "I")
+            come[place] = max(come[place], EARLY if kind == "I" else ALL)
+    alike: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for row in seen:
+        alike.setdefault(row[-2:], []).append(row)
     return tuple(
         Held(
             forwards=row[:count],
             late=row[count : 2 * count],
-            messages=row[2 * count],
-            summed=row[2 * count + 1 :],
+            messages=row[-3],
+            come=row[2 * count : 3 * count],
+            early=row[3 * count : -3],
+            runs=row[-2],
+            kind=COMPUTES[row[-1]],
         )
-        for row in undominated(seen)
+        for rows in alike.values()
+        for row in undominated(rows)
     )

@@ -68,7 +68,8 @@ def added(costs: Sequence[DataCost]) -> DataCost:
 class ZeroUnit:
     """One block of ZeRO's units: elements, of them those of split experts, which are a unit inside
     it, seconds of its forward and backward, how often. stays: gathered from its forward to its
-    backward, as the root is."""
+    backward, as the root is. late: elements whose gradients a split backward leaves to its second
+    part; of experts there are none."""
 
     elements: int
     experts: int
@@ -76,6 +77,7 @@ class ZeroUnit:
     backward_s: float
     count: int
     stays: bool = False
+    late: int = 0
 
 
 def units_of(stage: Stage) -> list[ZeroUnit]:
@@ -83,8 +85,10 @@ def units_of(stage: Stage) -> list[ZeroUnit]:
     if stage.root_elements:
         rest = [_unit(run) for run in stage.runs if not run.repeated]
         forward, backward = sum(u.forward_s for u in rest), sum(u.backward_s for u in rest)
+        late = max(0, stage.root_elements - stage.root_early_elements)
+        experts = stage.root_expert_elements
         units.append(
-            ZeroUnit(stage.root_elements, stage.root_expert_elements, forward, backward, 1, True)
+            ZeroUnit(stage.root_elements, experts, forward, backward, 1, stays=True, late=late)
         )
     return units
 
@@ -93,7 +97,9 @@ def _unit(run: Run) -> ZeroUnit:
     cost = run.cost
     forward = cost.whole_forward_s
     backward = cost.whole_backward_s + run.again_s
-    return ZeroUnit(cost.elements, cost.expert_elements, forward, backward, run.count)
+    return ZeroUnit(
+        cost.elements, cost.expert_elements, forward, backward, run.count, late=cost.late_elements
+    )
 
 
 def sent_s(kind: Collective, width: int, unit: ZeroUnit, groups: DataGroups) -> float:
@@ -210,20 +216,43 @@ def _sends(
     summed: Collective,
 ) -> Iterator[tuple[str, str, int, int]]:
     """Of every unit by itself; experts are units inside their block."""
-    scatters = 1 if zero == 1 else microbatches
     for unit in units:
         gathers = (1 if unit.stays else 2) * microbatches if zero == 3 else 1
-        shared = unit.elements - unit.experts
-        for axis, where, elements in (
-            ("shards", groups.shards, shared),
-            ("expert_data", groups.experts, unit.experts),
-        ):
+        for axis, where, elements in _shared(unit, groups):
             if where.ranks > 1 and elements:
                 yield str(GATHER), axis, types.compute * elements, unit.count * gathers
-                yield str(summed), axis, types.reduced * elements, unit.count * scatters
+    scatters = 1 if zero == 1 else microbatches
+    for kind, axis, size, count in sums_of(units, groups, types, summed):
+        yield kind, axis, size, count * (1 if axis == "replicas" else scatters)
+
+
+def sums_of(
+    units: list[ZeroUnit],
+    groups: DataGroups,
+    types: Types,
+    summed: Collective = SCATTER,
+    *,
+    late: bool = False,
+) -> Iterator[tuple[str, str, int, int]]:
+    """(kind, axis, bytes, how often) of what sums all gradients of a backward once. late: those
+    alone that a second part makes."""
+    for unit in units:
+        own = replace(unit, elements=unit.late, experts=0) if late else unit
+        for axis, where, elements in _shared(own, groups):
+            if where.ranks > 1 and elements:
+                yield str(summed), axis, types.reduced * elements, unit.count
+        shared = own.elements - own.experts
         if groups.replicas.ranks > 1 and shared:
             part = types.reduced * -(-shared // groups.shards.ranks)
             yield str(REDUCE), "replicas", part, unit.count
+
+
+def _shared(unit: ZeroUnit, groups: DataGroups) -> tuple[tuple[str, Group, int], ...]:
+    """(axis, ranks, elements) of its weights and of its experts."""
+    return (
+        ("shards", groups.shards, unit.elements - unit.experts),
+        ("expert_data", groups.experts, unit.experts),
+    )
 
 
 BUCKETS = 6

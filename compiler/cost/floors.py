@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from llmspec.compiler.cost.backward import making, working_bytes
 from llmspec.compiler.cost.hardware import Machine
-from llmspec.compiler.cost.memory import (
-    Residence,
-    cast_bytes,
-    gathered_bytes,
-    gradient_bytes,
-    making,
-    passing,
-    software_bytes,
-    working_bytes,
-)
+from llmspec.compiler.cost.memory import gathered_bytes, gradient_bytes, software_bytes
 from llmspec.compiler.cost.offload import OPTIMIZER, PARAMETERS, Offload, crossing_bytes
+from llmspec.compiler.cost.passing import passing
+from llmspec.compiler.cost.residence import Residence, cast_bytes
 from llmspec.compiler.cost.stage import Stage
+from llmspec.compiler.cost.turns import Rank
 from llmspec.compiler.cost.types import Types
 
 
 def standing_bytes(
-    stage: Stage, home: Residence, types: Types, machine: Machine, offload: Offload
+    stage: Stage,
+    home: Residence,
+    types: Types,
+    machine: Machine,
+    offload: Offload,
+    rank: Rank | None = None,
 ) -> int:
     """Of the device's ledger, what is there whatever blocks make and free in their backward."""
     elements = home.parts.largest(stage.elements, stage.expert_elements)
@@ -29,8 +29,17 @@ def standing_bytes(
     else:
         size += types.weights * elements + (0 if OPTIMIZER in offload else types.moments * elements)
         size += software_bytes(stage, home, types, machine)
-        size += 0 if home.first_is_fullest else gradient_bytes(stage, home, types)
+        if rank is not None:
+            size += sum(rank.gradients(home.turns[0]))
+        elif not home.first_is_fullest:
+            size += gradient_bytes(stage, home, types)
     return size + (round(home.in_flight * stage.output_bytes) if home.sends_on else 0)
+
+
+def turning(stage: Stage, home: Residence, types: Types, machine: Machine) -> Rank | None:
+    """What bounds ask of a rank whose stages go backward in turn, at the first of its
+    turns; None of any other."""
+    return Rank(stage, home, types, "gradients" in machine.fused) if home.turns else None
 
 
 def beside_bytes(
@@ -39,11 +48,16 @@ def beside_bytes(
     types: Types,
     machine: Machine,
     block: int | None = None,
+    rank: Rank | None = None,
 ) -> tuple[int, int]:
     """Besides those and what is kept: as the last micro-batch's backward begins, and the least as
     any unit's goes on. `block`: the least with the backward of the last unit, if that is one that
     may run again."""
-    around = passing(stage, home, types, "gradients" in machine.fused)
+    if rank is not None:
+        turn = home.turns[0]
+        around, stage = rank.around(turn), stage.parts[turn.held.runs]
+    else:
+        around = passing(stage, home, types, "gradients" in machine.fused)
     last = stage.runs[-1]
     cast, _ = cast_bytes(home, types)
     if block is None:

@@ -9,24 +9,19 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from llmspec.compiler.cost.data import GATHER, DataGroups, exposed_s, sent_s, units_of
-from llmspec.compiler.cost.hardware import Machine
-from llmspec.compiler.cost.memory import (
+from llmspec.compiler.cost.backward import (
     Backwards,
-    Ledger,
     Moment,
-    Residence,
-    backwards,
-    cast_bytes,
     coming_elements,
     first_moment,
-    fullest,
-    gathered_bytes,
-    ledger,
     making,
-    passing,
     working_bytes,
 )
+from llmspec.compiler.cost.data import GATHER, DataGroups, exposed_s, sent_s, units_of
+from llmspec.compiler.cost.hardware import Machine
+from llmspec.compiler.cost.memory import Ledger, fullest, gathered_bytes, ledger, peak_of_rank
+from llmspec.compiler.cost.passing import passing
+from llmspec.compiler.cost.residence import Residence, cast_bytes
 from llmspec.compiler.cost.stage import Parts, Run, Stage
 from llmspec.compiler.cost.types import Types
 
@@ -96,7 +91,7 @@ def as_they_leave(home: Residence, offload: Offload) -> Residence:
     """Gradients of parameters in host memory go there as they come: none add up on the device. The
     fullest moment was chosen by what is kept: where that has left, all gradients may have come."""
     if ACTIVATIONS in offload:
-        home = replace(home, awaited=(0, 0))
+        home = replace(home, awaited=(0, 0), turns=())
     return replace(home, standing=True) if PARAMETERS in offload else home
 
 
@@ -105,8 +100,9 @@ def peak_of(
 ) -> Moment:
     """The moment whose activations and buffers are the ledger's."""
     home, in_place = as_they_leave(home, offload), "gradients" in machine.fused
-    there = _backwards if ACTIVATIONS in offload else backwards
-    return fullest(stage, home, types, there(stage, home, types, in_place))
+    if ACTIVATIONS in offload:
+        return fullest(stage, home, types, _backwards(stage, home, types, in_place))
+    return peak_of_rank(stage, home, types, in_place)
 
 
 def host_ledger(stage: Stage, home: Residence, types: Types, offload: Offload) -> HostLedger:
@@ -195,7 +191,8 @@ def _backwards(stage: Stage, home: Residence, types: Types, in_place: bool) -> B
             below -= use.count * use.stays
             made += use.count * grown
         earlier = round(max(in_flight - 1, 0.0) * stays + in_flight * boundary)
-        return worst._replace(activations=earlier + worst.activations, in_flight=in_flight)
+        whole = earlier + worst.activations
+        return worst._replace(activations=whole, in_flight=in_flight, earlier=earlier)
 
     return backward
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
-from llmspec.compiler.cost.memory import Residence
+import numpy as np
+
+from llmspec.compiler.cost.residence import Residence, Turn
 from llmspec.compiler.cost.stage import Stage, together
 from llmspec.compiler.orders import Schedule, stages_of
-from llmspec.compiler.schedules import Held, held_at_once
+from llmspec.compiler.schedules import ALL, Held, held_at_once
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Holder:
-    """A rank as the ledger sees it. stage: all that it runs. The rest: see Residence."""
+    """A rank as the ledger sees it. stage: all that it runs. moments: of several stages or a split
+    backward, each of which may be the fullest, with the bytes that are kept; message: bytes of one;
+    first: the one that holds most, of those in which blocks compute again; besides: at that one,
+    bytes for other ranks and for second parts. The rest: see Residence."""
 
     stage: Stage
     in_flight: float
@@ -23,8 +29,26 @@ class Holder:
     split: bool
     awaited: tuple[int, int] = (0, 0)
     forwards: float = 1.0
+    first: Turn | None = None
+    moments: Sequence[tuple[Held, int]] = ()
+    message: int = 0
+    sends: tuple[bool, ...] = ()
+    besides: int = 0
 
-    def home(self, plain: Residence) -> Residence:
+    @cached_property
+    def turns(self) -> tuple[Turn, ...]:
+        if self.first is None:
+            return ()
+        every = (Turn(held, self.message * held.messages, kept) for held, kept in self.moments)
+        return tuple(_not_exceeded(self.first, every))
+
+    def home(
+        self,
+        plain: Residence,
+        *,
+        turns: tuple[Turn, ...] | None = None,
+    ) -> Residence:
+        """With what is given in place of its own."""
         return replace(
             plain,
             in_flight=self.in_flight,
@@ -34,6 +58,8 @@ class Holder:
             split=self.split,
             awaited=self.awaited,
             forwards=self.forwards,
+            turns=self.turns if turns is None else turns,
+            sends=self.sends,
         )
 
 
@@ -57,52 +83,88 @@ def holders(
 ) -> list[Holder]:
     """Of every rank. cast_bytes: of each weight element that autograd keeps as its use casts it.
     sum_bytes: of each whose gradient stays whole from the first backward on; 0: none does."""
-    held = held_at_once(schedule, len(stages), ranks, microbatches)
-    return [
-        _holder(
-            schedule,
-            stages,
-            stages_of(schedule, rank, len(stages), ranks),
-            mine,
-            cast_bytes,
-            sum_bytes,
+    sizes = [
+        _Sizes(
+            stage.kept_bytes(cast_bytes),
+            stage.late_bytes,
+            stage.output_bytes,
+            sum_bytes * stage.elements,
+            stage.away_host_bytes,
         )
-        for rank, mine in enumerate(held)
+        for stage in stages
     ]
+    tables = _tables(schedule, len(stages), ranks, microbatches)
+    return [
+        _holder(schedule, stages, sizes, stages_of(schedule, rank, len(stages), ranks), table)
+        for rank, table in enumerate(tables)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Bytes of one stage: of one micro-batch until its backward, from its first to its second part,
+    of its result, what it has in host memory; and of all gradients that stay."""
+
+    kept: int
+    late: int
+    output: int
+    sums: int
+    away: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """The moments of a rank, and as rows their forwards, late ones, gradients that have all come,
+    messages; first_parts: the places of those that are not a second part."""
+
+    moments: tuple[Held, ...]
+    rows: np.ndarray
+    first_parts: np.ndarray
+
+
+@lru_cache(maxsize=4096)
+def _tables(schedule: Schedule, stages: int, ranks: int, microbatches: int) -> tuple[_Table, ...]:
+    held = held_at_once(schedule, stages, ranks, microbatches)
+    return tuple(
+        _Table(
+            moments,
+            np.array([_row(one) for one in moments]),
+            np.flatnonzero([one.kind != "W" for one in moments]),
+        )
+        for moments in held
+    )
+
+
+def _row(held: Held) -> tuple[int, ...]:
+    return (*held.forwards, *held.late, *(come == ALL for come in held.come), held.messages)
 
 
 def _holder(
     schedule: Schedule,
     stages: Sequence[Stage],
+    sizes: Sequence[_Sizes],
     own: tuple[int, ...],
-    moments: Sequence[Held],
-    cast_bytes: int,
-    sum_bytes: int,
+    table: _Table,
 ) -> Holder:
     last = len(stages) - 1
     message = stages[0].output_bytes if last else 0
-    kept = [stages[s].kept_bytes(cast_bytes) for s in own]
-    late = [stages[s].late_bytes for s in own]
+    mine = [sizes[s] for s in own]
     # a result that another rank gets stays for its backward
-    sent = [stages[s].output_bytes if s < last and s + 1 not in own else 0 for s in own]
-    alive = [k + s for k, s in zip(kept, sent, strict=True)]
-    elements = [stages[s].elements for s in own]
-    sizes = [
-        (
-            _bytes(held, alive, late),
-            message * held.messages,
-            sum_bytes * sum(n for n, came in zip(elements, held.summed, strict=True) if came),
-        )
-        for held in moments
-    ]
-    (size, messages, _), then = max(zip(sizes, moments, strict=True), key=lambda both: sum(both[0]))
-    awaited = [s for s, came in zip(own, then.summed, strict=True) if not came and sum_bytes]
+    sends = tuple(s < last and s + 1 not in own for s in own)
+    sent = [size.output if there else 0 for size, there in zip(mine, sends, strict=True)]
+    late, sums = [size.late for size in mine], [size.sums for size in mine]
+    alive = [size.kept + more for size, more in zip(mine, sent, strict=True)]
+    held = table.rows @ np.array([*alive, *late, *[0] * len(own), 0])
+    whole = held + table.rows @ np.array([*[0] * 2 * len(own), *sums, message])
+    place = int(table.first_parts[np.argmax(whole[table.first_parts])])
+    then, kept = table.moments[place], int(held[place])
+    awaited = [s for s, come in zip(own, then.come, strict=True) if come != ALL and sizes[s].sums]
     alone = len(own) == 1 and not schedule.splits
     return Holder(
         stage=together([stages[s] for s in own]),
-        # else in units of what one micro-batch keeps on all stages: by that the ledger multiplies
-        in_flight=then.forwards[0] if alone else size / max(sum(kept), 1),
-        message_bytes=messages,
+        # else in units of what one micro-batch keeps on all stages
+        in_flight=then.forwards[0] if alone else kept / max(sum(size.kept for size in mine), 1),
+        message_bytes=message * then.messages,
         sends_on=alone and own[0] < last,
         receives=own[0] > 0,
         split=schedule.splits,
@@ -110,14 +172,35 @@ def _holder(
             sum(stages[s].elements for s in awaited),
             sum(stages[s].expert_elements for s in awaited),
         ),
-        forwards=_forwards(moments, [stages[s].away_host_bytes for s in own]),
+        forwards=_forwards(table, [size.away for size in mine]),
+        first=None if alone else Turn(then, message * then.messages, kept),
+        moments=() if alone else list(zip(table.moments, held.tolist(), strict=True)),
+        message=message,
+        sends=sends,
+        besides=_bytes(then, sent, late),
     )
 
 
-def _forwards(moments: Sequence[Held], sizes: Sequence[int]) -> float:
-    """The most that wait for their backward, in units of one on all stages. `sizes`: of each."""
-    most = max(sum(n * s for n, s in zip(held.forwards, sizes, strict=True)) for held in moments)
-    return most / max(sum(sizes), 1)
+def _not_exceeded(first: Turn, turns: Iterable[Turn]) -> list[Turn]:
+    """`first`, and of the others those that none exceeds."""
+    most: dict[tuple[object, ...], Turn] = {}
+    for turn in (first, *turns):
+        held = turn.held
+        key = held.runs, held.kind, held.come, held.early
+        if key not in most or not most[key].exceeds(turn):
+            most[key] = turn
+    found = [first]
+    for turn in most.values():
+        if not any(other.exceeds(turn) for other in found):
+            found = [first, *(one for one in found[1:] if not turn.exceeds(one)), turn]
+    return found
+
+
+def _forwards(table: _Table, away: Sequence[int]) -> float:
+    """The most that wait for their backward, in units of one on all stages. `away`: bytes of each
+    stage in host memory."""
+    most = int((table.rows[:, : len(away)] @ np.array(away)).max())
+    return most / max(sum(away), 1)
 
 
 def _bytes(held: Held, alive: Sequence[int], late: Sequence[int]) -> int:
@@ -126,15 +209,24 @@ def _bytes(held: Held, alive: Sequence[int], late: Sequence[int]) -> int:
 
 
 def fullest(found: Sequence[Holder], microbatches: int) -> list[Holder]:
-    """Of ranks that run equal stages, the one that holds most: of those that have all micro-batches
-    in flight at once, which find no gradients yet, and of the others. `forwards` is what any of
-    those equals has."""
-    by_stages: dict[tuple[Stage, bool, bool, bool, tuple[int, int]], Holder] = {}
+    """Of ranks that run equal stages, those of which any may hold most: where all micro-batches are
+    in flight at once no gradients are there yet, and of several stages each may be the fullest.
+    `forwards` is what any of those equals has."""
+    by_stages: dict[tuple[Stage, bool, bool, bool, tuple[int, int]], list[Holder]] = {}
     for holder in found:
-        every = holder.in_flight >= microbatches
-        key = (holder.stage, holder.sends_on, holder.receives, every, holder.awaited)
-        known = by_stages.setdefault(key, holder)
-        most = max(known.forwards, holder.forwards)
-        fuller = holder if holder.in_flight > known.in_flight else known
-        by_stages[key] = replace(fuller, forwards=most)
-    return list(by_stages.values())
+        every = holder.first is None and holder.in_flight >= microbatches
+        awaited = (0, 0) if holder.first is not None else holder.awaited
+        key = (holder.stage, holder.sends_on, holder.receives, every, awaited)
+        known = by_stages.setdefault(key, [])
+        most = max(one.forwards for one in (holder, *known))
+        if not any(_exceeds(other, holder) for other in known):
+            known[:] = [*(other for other in known if not _exceeds(holder, other)), holder]
+        known[:] = [one if one.forwards == most else replace(one, forwards=most) for one in known]
+    return [holder for known in by_stages.values() for holder in known]
+
+
+def _exceeds(one: Holder, other: Holder) -> bool:
+    """Whether of equal stages the first holds no less at any moment."""
+    if one.first is None:
+        return one.in_flight >= other.in_flight
+    return all(any(mine.exceeds(its) for mine in one.turns) for its in other.turns)

@@ -92,6 +92,15 @@ class Stage:
     runs: tuple[Run, ...]
     tied_elements: int = 0
 
+    @cached_property
+    def parts(self) -> tuple[Stage, ...]:
+        """The pipeline stages that it is made of. Copies of weights stand at the chain's end."""
+        starts = [i for i, run in enumerate(self.runs) if run.begins]
+        ends = [*starts[1:], len(self.runs)]
+        tied = [*[0] * (len(starts) - 1), self.tied_elements]
+        spans = zip(starts, ends, tied, strict=True)
+        return tuple(Stage(self.runs[a:b], copied) for a, b, copied in spans)
+
     def named_runs(self, names: Sequence[str]) -> list[tuple[str, Run]]:
         """Each run with the name of its instances. `names`: of all of them, in their order."""
         found, place = [], 0
@@ -193,6 +202,10 @@ class Stage:
     @cached_property
     def root_expert_elements(self) -> int:
         return sum(r.count * r.cost.expert_elements for r in self.runs if not r.repeated)
+
+    @cached_property
+    def root_early_elements(self) -> int:
+        return sum(r.count * r.cost.late.early_elements for r in self.runs if not r.repeated)
 
     def largest_units(self, experts: bool) -> tuple[int, int]:
         """Elements of the two largest of ZeRO's units. `experts`: those of a block are one too, not

@@ -227,6 +227,11 @@ class UnitCost:
         sent = self.tensor_backward_s + self.context_backward_s + self.expert_backward_s
         return self.backward_s + sent
 
+    @property
+    def late_elements(self) -> int:
+        """Whose gradients the second part of a split backward makes."""
+        return max(0, self.elements - self.late.early_elements)
+
 
 @dataclass
 class _Tally:

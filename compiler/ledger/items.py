@@ -10,9 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmspec.compiler.cost.memory import Ledger, Moment, Residence, cast_bytes, gathered_bytes
+from llmspec.compiler.cost.backward import Moment
+from llmspec.compiler.cost.memory import Ledger, gathered_bytes
 from llmspec.compiler.cost.offload import ACTIVATIONS, PARAMETERS, away_bytes, ledgers, peak_of
 from llmspec.compiler.cost.rank import Holder
+from llmspec.compiler.cost.residence import Residence, cast_bytes
 from llmspec.compiler.cost.stage import Run
 from llmspec.compiler.cost.types import Types
 from llmspec.compiler.errors import InternalError
@@ -151,8 +153,9 @@ def _activations(
     if away and home.receives and uses and away_bytes(uses[0].run):
         boundary += uses[0].run.cost.input_bytes  # the pipeline holds it for the gradient
     return [
-        *_earlier(uses, peak.in_flight, casts, boundary, away=away),
-        *_alive(uses, peak, casts, away=away),
+        *_earlier(uses, peak, casts, boundary, away=away),
+        *(_alive(uses, peak, casts, away=away) if peak.kind != "W" else ()),
+        *(_waiting(uses, peak) if peak.kind == "I" else ()),
     ]
 
 
@@ -160,20 +163,21 @@ def _words(uses: Sequence[Use], peak: Moment) -> str:
     if peak.run < 0:
         return "at the end of a backward"
     unit = uses[peak.run].unit
-    return f"in the backward of `{unit}`" if peak.running else f"after the backward of `{unit}`"
+    part = {"I": "first part of the ", "W": "second part of the "}.get(peak.kind, "")
+    return f"{'in' if peak.running else 'after'} the {part}backward of `{unit}`"
 
 
 def _alive(uses: Sequence[Use], peak: Moment, casts: tuple[int, int], *, away: bool) -> list[Item]:
     """Of the micro-batch that goes backward."""
     items: list[Item] = []
     index = peak.run
-    for place, use in enumerate(uses[: index + 1]):
+    if index < 0:
+        return items
+    for place, use in enumerate(uses[peak.begin : index + 1], peak.begin):
         left = use.count - (peak.done if place == index else 0)
         bare, cast = _kept(use, casts, away=away)
         items.append(Item("activations", "kept, this micro-batch", use.unit, left, left * bare))
         items.append(Item("activations", "weights as cast, likewise", use.unit, left, left * cast))
-    if index < 0:
-        return items
     use = uses[index]
     here = [use] if peak.running else []
     for one in here:
@@ -189,14 +193,23 @@ def _alive(uses: Sequence[Use], peak: Moment, casts: tuple[int, int], *, away: b
     return items
 
 
+def _waiting(uses: Sequence[Use], peak: Moment) -> Iterator[Item]:
+    """Of the micro-batch that goes backward, what is kept for the second part."""
+    what = "kept for the second part, this micro-batch"
+    for place, use in enumerate(uses[max(peak.run, 0) :], max(peak.run, 0)):
+        if place > peak.run and use.run.begins:
+            return
+        done = peak.done if place == peak.run else use.count
+        yield Item("activations", what, use.unit, done, done * use.run.cost.late.size_bytes)
+
+
 def _earlier(
-    uses: Sequence[Use], in_flight: float, casts: tuple[int, int], boundary: int, *, away: bool
+    uses: Sequence[Use], peak: Moment, casts: tuple[int, int], boundary: int, *, away: bool
 ) -> list[Item]:
     """Of the other micro-batches in flight, and what crosses to other stages."""
-    others = max(in_flight - 1, 0.0)
+    whole = peak.earlier
     sizes = [u.count * size for u in uses for size in _kept(u, casts, away=away)]
-    whole = round(others * sum(sizes) + in_flight * boundary)
-    crossing = min(whole, round(in_flight * boundary))
+    crossing = min(whole, round(peak.in_flight * boundary))
     items = [Item("activations", "kept for other stages", "", 0, crossing)]
     shares = shared_out(whole - crossing, sizes)
     for use, bare, cast in zip(uses, shares[::2], shares[1::2], strict=True):
@@ -231,8 +244,9 @@ def _buffers(
     else:
         yield Item("buffers", "parameters as gathered", "", 0, held + peak.beside.gathered)
         yield Item("buffers", "reduction of gradients", "", 0, peak.beside.summing)
-    yield Item("buffers", "values of other stages, not used yet", "", 0, home.message_bytes)
-    if peak.running:
+    messages = home.message_bytes + peak.messages
+    yield Item("buffers", "values of other stages, not used yet", "", 0, messages)
+    if peak.running or peak.working:
         what = "working set of its largest operator"
         if home.sums_each_time:
             what = "working set and gradients so far, less what has gone"

@@ -5,17 +5,17 @@ again at the least."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
 
 from llmspec.compiler.cost.closed import ROUNDING
-from llmspec.compiler.cost.floors import beside_bytes, standing_bytes
-from llmspec.compiler.cost.memory import Residence, cast_bytes
+from llmspec.compiler.cost.floors import beside_bytes, standing_bytes, turning
 from llmspec.compiler.cost.offload import ACTIVATIONS, Offload, away_bytes, host_ledger
 from llmspec.compiler.cost.rank import Holder
+from llmspec.compiler.cost.residence import Residence, Turn, cast_bytes
 from llmspec.compiler.cost.stage import Run, Stage
 from llmspec.compiler.schedules import stages_of
 from llmspec.compiler.search.candidates import Floor, Shape, Way
@@ -85,15 +85,61 @@ def _stays(run: Run, casts: tuple[int, int], offload: Offload) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Alike:
-    """Ranks that run equal stages and differ in what is in flight. holder: the first of them, but
-    for messages."""
+    """Ranks that run equal stages and differ in what is in flight. besides: bytes of what they hold
+    whatever blocks keep. holder: the first of them, but for messages. own: the ids of its stages;
+    shares: what part of the micro-batches in flight each has; turn: the first of its turns."""
 
     ranks: np.ndarray
     in_flight: np.ndarray
     forwards: np.ndarray
-    messages: np.ndarray
+    besides: np.ndarray
     holder: Holder
+    own: tuple[int, ...]
     names: tuple[str, ...]
+    shares: tuple[float, ...]
+    turn: Turn | None
+
+    def runs(self) -> Iterator[tuple[str, Run, float]]:
+        """Each with the unit of its instances, and its stage's share."""
+        stage = -1
+        for name, run in self.holder.stage.named_runs(self.names):
+            stage += run.begins
+            yield name, run, self.shares[stage] if self.shares else 1.0
+
+    def home(self, plain: Residence) -> Residence:
+        return self.holder.home(plain, turns=() if self.turn is None else (self.turn,))
+
+
+@dataclass(frozen=True, slots=True)
+class _Flying:
+    """What a rank holds at the first of its turns, or most of all. See _Alike."""
+
+    rank: int
+    holder: Holder
+    in_flight: float
+    besides: int
+    shares: tuple[float, ...] = ()
+    turn: Turn | None = None
+
+    def alike(self, microbatches: int) -> tuple[object, ...]:
+        """Ranks that have this in common differ in what is in flight alone."""
+        holder = self.holder
+        if self.turn is not None:
+            held = self.turn.held
+            return self.shares, holder.receives, held.runs, held.kind, held.come, held.early
+        every = holder.in_flight >= microbatches
+        edges = holder.sends_on, holder.receives, holder.in_flight > 1
+        return (*edges, every, holder.awaited)
+
+
+def _flying(rank: int, holder: Holder, *, away: bool) -> _Flying:
+    turn = holder.first
+    if away or turn is None:
+        return _Flying(rank, holder, holder.in_flight, holder.message_bytes)
+    most = max(turn.held.forwards)
+    besides = turn.message_bytes + holder.besides
+    shares = tuple(n / most for n in turn.held.forwards)
+    return _Flying(rank, holder, float(most), besides, shares, turn)
 
 
 @dataclass
@@ -106,6 +152,7 @@ class Floors:
     alike: dict[tuple[object, ...], list[_Alike]] = field(default_factory=dict)
     trades: dict[tuple[object, ...], Trade] = field(default_factory=dict)
     spare: dict[tuple[object, ...], tuple[float, float, Trade]] = field(default_factory=dict)
+    standing: dict[tuple[object, ...], int] = field(default_factory=dict)
     known: dict[tuple[object, ...], Floor] = field(default_factory=dict)
     of_alike: dict[tuple[int, tuple[int, int], bool], Trade] = field(default_factory=dict)
 
@@ -128,8 +175,8 @@ class Floors:
         worst = -np.inf
         for alike in self._alike(way, stages):
             allowed, _ = self._allowed(way, alike, plain)
-            runs = alike.holder.stage.named_runs(alike.names)
-            kept = sum(run.count * run.kept_bytes(*casts) for name, run in runs if name)
+            runs = [(share * run.count, run) for name, run, share in alike.runs() if name]
+            kept = sum(count * run.kept_bytes(*casts) for count, run in runs)
             worst = max(worst, float(((kept - allowed) * alike.in_flight).max()))
         return worst
 
@@ -167,23 +214,37 @@ class Floors:
             self.spare[key] = self._spare(way, alike, plain)
         spare, others, trade = self.spare[key]
         # a byte more, for the ledger rounds
-        return (spare + 1 - alike.messages) / alike.in_flight - others, trade
+        return (spare + 1 - alike.besides) / alike.in_flight - others, trade
 
     def _spare(self, way: Way, alike: _Alike, plain: Residence) -> tuple[float, float, Trade]:
         """(bytes that are left for all micro-batches in flight, what each keeps besides blocks)."""
-        types, machine, offload = self.pricing.types, self.pricing.machine, way.offload
-        stage, home = alike.holder.stage, alike.holder.home(plain)
-        casts = cast_bytes(home, types)
-        standing = standing_bytes(stage, home, types, machine, offload)
-        first, _ = beside_bytes(stage, home, types, machine)
-        others = 0
-        for name, run in stage.named_runs(alike.names):
-            others += 0 if name else run.count * _stays(run, casts, offload)
-        if home.sends_on:  # of each micro-batch; `standing` has it of those of the first rank
+        casts, offload = cast_bytes(plain, self.pricing.types), way.offload
+        stage, standing = alike.holder.stage, self._standing(alike, plain, offload)
+        others = 0.0
+        for name, run, share in alike.runs():
+            others += 0 if name else share * run.count * _stays(run, casts, offload)
+        if alike.holder.sends_on:  # of each micro-batch; `standing` has those of the first rank
             others += stage.output_bytes
-            standing -= round(home.in_flight * stage.output_bytes)
+            standing -= round(alike.holder.in_flight * stage.output_bytes)
         trade = self._trade(way.shape, alike, casts, ACTIVATIONS in offload)
-        return self.budget_bytes - standing - first, others, trade
+        return self.budget_bytes - standing, others, trade
+
+    def _standing(self, alike: _Alike, plain: Residence, offload: Offload) -> int:
+        """What is there whatever blocks keep. Of stages in turns it is the same for all ranks whose
+        turn is like this one."""
+        own: tuple[object, ...] = (id(alike),)
+        if alike.turn is not None:
+            held = alike.turn.held
+            own = (*alike.own, held.runs, held.kind, held.come, held.early, alike.holder.receives)
+        key = (*own, plain, offload)
+        if key not in self.standing:
+            types, machine, stage = self.pricing.types, self.pricing.machine, alike.holder.stage
+            home = alike.home(plain)
+            rank = turning(stage, home, types, machine)
+            standing = standing_bytes(stage, home, types, machine, offload, rank)
+            first, _ = beside_bytes(stage, home, types, machine, rank=rank)
+            self.standing[key] = standing + first
+        return self.standing[key]
 
     def _trade(self, shape: Shape, alike: _Alike, of_cast: tuple[int, int], away: bool) -> Trade:
         """of_cast: bytes of a cast weight; away: what blocks keep waits in host memory, where it
@@ -199,20 +260,23 @@ class Floors:
         self, shape: Shape, alike: _Alike, casts: Mapping[str, int], away: bool
     ) -> Trade:
         option, size = shape.option, shape.microbatch
-        counts = Counter(name for name in alike.names if name)
+        counts: Counter[tuple[str, float]] = Counter()
+        for name, run, share in alike.runs():
+            counts[name, share] += run.count if name else 0
+        counts = +counts
         key = (id(option), size, away, *counts.items(), *casts.items())
         if key not in self.trades:
             costs = self.chain.costs(option, size)
             blocks, there = [], 0
-            for name, count in counts.items():
+            for (name, share), count in counts.items():
                 cost, cast = costs[name], casts[name]
                 leaves = cost.away_bytes if away else 0
-                points = [(float(cost.saved_bytes + cast - leaves), 0.0)]
+                points = [(share * (cost.saved_bytes + cast - leaves), 0.0)]
                 fewest = cost.away_host_bytes
                 for again in self.chain.policies.trades(option, size, name):
                     kept = again.kept_bytes + (cast if again.keeps_casts else 0)
                     kept -= again.away_bytes if away else 0
-                    points.append((float(kept), again.whole_s))
+                    points.append((share * kept, again.whole_s))
                     fewest = min(fewest, again.away_host_bytes)
                 blocks.append((count, points))
                 there += count * fewest if away else 0
@@ -220,28 +284,19 @@ class Floors:
         return self.trades[key]
 
     def _alike(self, way: Way, bare: list[Stage]) -> list[_Alike]:
-        shape, zero, schedule = way.shape, way.zero, way.schedule
-        key = self.pricing.held_key(shape, bare, zero, schedule)
+        """Where what blocks keep waits in host memory no turns are told apart."""
+        shape, schedule, away = way.shape, way.schedule, ACTIVATIONS in way.offload
+        key = (*self.pricing.held_key(shape, bare, way.zero, schedule), away)
         if key not in self.alike:
-            groups: dict[tuple[object, ...], list[int]] = {}
-            ranks, ids = shape.grid.pipeline, [id(stage) for stage in bare]
-            holders = self.pricing.holders(shape, bare, zero, schedule)
-            for rank, holder in enumerate(holders):
-                several = holder.in_flight > 1
-                full = holder.in_flight >= shape.microbatches
-                mine = stages_of(schedule, rank, len(bare), ranks)
-                own = tuple(ids[s] for s in mine)
-                edges = (holder.sends_on, holder.receives, several, full, holder.awaited)
-                groups.setdefault((own, *edges), []).append(rank)
+            groups: dict[tuple[object, ...], list[_Flying]] = {}
+            ranks = shape.grid.pipeline
+            mine = [stages_of(schedule, rank, len(bare), ranks) for rank in range(ranks)]
+            own = [tuple(id(bare[s]) for s in stages) for stages in mine]
+            for rank, holder in enumerate(self.pricing.holders(shape, bare, way.zero, schedule)):
+                one = _flying(rank, holder, away=away)
+                groups.setdefault((own[rank], *one.alike(shape.microbatches)), []).append(one)
             self.alike[key] = [
-                _Alike(
-                    np.array(same),
-                    np.array([holders[r].in_flight for r in same], dtype=float),
-                    np.array([holders[r].forwards for r in same], dtype=float),
-                    np.array([holders[r].message_bytes for r in same], dtype=float),
-                    replace(holders[same[0]], message_bytes=0),
-                    self._names(shape, stages_of(schedule, same[0], len(bare), ranks)),
-                )
+                _together(same, own[same[0].rank], self._names(shape, mine[same[0].rank]))
                 for same in groups.values()
             ]
         return self.alike[key]
@@ -250,3 +305,18 @@ class Floors:
         """The unit of each instance of some stages, "" for what stands alone."""
         own = (i for s in stages for i in self.chain.instances[slice(*shape.cut[s])])
         return tuple(i.unit if i.prefix else "" for i in own)
+
+
+def _together(same: Sequence[_Flying], own: tuple[int, ...], names: tuple[str, ...]) -> _Alike:
+    first = same[0]
+    return _Alike(
+        np.array([one.rank for one in same]),
+        np.array([one.in_flight for one in same], dtype=float),
+        np.array([one.holder.forwards for one in same], dtype=float),
+        np.array([one.besides for one in same], dtype=float),
+        replace(first.holder, message_bytes=0),
+        own,
+        names,
+        first.shares,
+        first.turn,
+    )

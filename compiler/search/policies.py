@@ -9,22 +9,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 
-import numpy as np
-
-from llmspec.compiler.cost.floors import standing_bytes
+from llmspec.compiler.cost.floors import beside_bytes, standing_bytes, turning
 from llmspec.compiler.cost.fused import Computing, computing
 from llmspec.compiler.cost.hardware import Machine
-from llmspec.compiler.cost.memory import (
-    Residence,
-    cast_bytes,
-    coming_elements,
-    gradient_bytes,
-    making,
-    passing,
-    working_bytes,
-)
-from llmspec.compiler.cost.offload import ACTIVATIONS, Offload, as_they_leave, away_bytes, ledgers
+from llmspec.compiler.cost.memory import gradient_bytes
+from llmspec.compiler.cost.offload import ACTIVATIONS, Offload, as_they_leave, ledgers
 from llmspec.compiler.cost.recompute import Again, Flow, Operators, flow_of
+from llmspec.compiler.cost.residence import Residence, cast_bytes
 from llmspec.compiler.cost.stage import Run, Stage
 from llmspec.compiler.cost.types import Types
 from llmspec.compiler.errors import Refused
@@ -35,9 +26,10 @@ from llmspec.compiler.ops.registry import entry_of
 from llmspec.compiler.passes.fuse import fuse_unit, members_of
 from llmspec.compiler.passes.shard import shard_unit, whole_placement
 from llmspec.compiler.plan import EVERYTHING
-from llmspec.compiler.search.mixtures import Choices, Chosen, Kind, Limits, Mixtures, Split
+from llmspec.compiler.search.mixtures import Choices, Chosen, Kind, Mixtures, Split
 from llmspec.compiler.search.options import TensorOption
 from llmspec.compiler.search.recompute import corners
+from llmspec.compiler.search.rooms import beside_of, limits_in_turns, limits_of
 from llmspec.dsl.diagnostics import Diagnostic, did_you_mean, listing
 from llmspec.dsl.plans import operator_kind
 from llmspec.dsl.program import Span
@@ -256,15 +248,20 @@ def fitting(
         least = Stage(runs, bare.tied_elements)
         if ledgers(least, home, types, machine, offload)[0].total > budget_bytes:
             return None
-    spare = budget_bytes - standing_bytes(bare, home, types, machine, offload)
-    beside = _beside(of_each, bare, home, types, machine)
-    limits = _limits(of_each, home, casts, spare, beside, away)
+    rank = turning(bare, home, types, machine)
+    spare = budget_bytes - standing_bytes(bare, home, types, machine, offload, rank)
+    if rank is not None:
+        first, _ = beside_bytes(bare, home, types, machine, rank=rank)
+        limits = limits_in_turns(of_each, mixtures, rank, spare, first)
+    else:
+        beside = beside_of(of_each, bare, home, types, machine)
+        limits = limits_of(of_each, home, casts, spare, beside, away)
     if home.first_is_fullest and home.microbatches > 1:
         # the backward after the first finds all gradients, and one micro-batch less
         sent = bare.output_bytes if home.sends_on else 0
         spare += sent - gradient_bytes(bare, home, types)
         fewer = replace(home, in_flight=home.in_flight - 1)
-        kept = _limits(of_each, fewer, casts, spare, beside, away).kept_bytes
+        kept = limits_of(of_each, fewer, casts, spare, beside, away).kept_bytes
         kept = min(limits.kept_bytes, kept * home.in_flight / fewer.in_flight)
         limits = replace(limits, kept_bytes=kept)
     if away and not _adjoin(of_each):
@@ -317,61 +314,6 @@ def _kind(blocks: Sequence[str], home: Residence, types: Types, away: bool) -> K
         return Kind(away=away, in_order=in_order, coming=types.compute)
     coming = types.gradients if home.first_is_fullest else 0
     return Kind(away=away, in_order=in_order, coming=coming, cast=cast_bytes(home, types)[0])
-
-
-@dataclass(frozen=True, slots=True)
-class _Beside:
-    """Bytes beside what is kept: as the backward begins; by unit, in the chain's order, as each of
-    its blocks goes backward, and when it is through."""
-
-    first: int
-    by_unit: dict[str, np.ndarray]
-
-
-def _beside(
-    runs: list[tuple[str, Run]], bare: Stage, home: Residence, types: Types, machine: Machine
-) -> _Beside:
-    casts = cast_bytes(home, types)
-    around = passing(bare, home, types, "gradients" in machine.fused)
-    coming = types.gradients if home.first_is_fullest else 0
-    found: dict[str, list[tuple[int, int]]] = {}
-    made = 0
-    for (name, run), uses in zip(reversed(runs), around, strict=True):
-        # of blocks it is their choice's
-        working = 0 if name else working_bytes(run, home, types, casts[0], coming)
-        grown = coming * coming_elements(run, home)
-        own = found.setdefault(name, [])
-        for place in range(run.count):
-            during, after = uses.get(place) or uses[1]
-            own.append((working + during.total + made, after.total + made + grown))
-            made += grown
-    first, _ = next(iter(found.values()))[0]
-    ending = making(bare, home, types, casts[0], around)
-    first = first if ending is None else max(first, ending.total)
-    return _Beside(first, {name: np.array(own[::-1]).T for name, own in found.items()})
-
-
-def _limits(
-    runs: list[tuple[str, Run]],
-    home: Residence,
-    casts: tuple[int, int],
-    spare: int,
-    beside: _Beside,
-    away: bool,
-) -> Limits:
-    """What may stay of blocks of all micro-batches in flight, and how much there may be of blocks
-    in the last one's backward. Both are needed; the ledger has the last word."""
-    alone = [
-        0 if name else run.count * (run.kept_bytes(*casts) - (away_bytes(run) if away else 0))
-        for name, run in runs
-    ]
-    first = next(i for i, (name, _) in enumerate(runs) if name)
-    most = spare - (home.in_flight - 1) * sum(alone) - sum(alone[:first])
-    return Limits(
-        in_flight=home.in_flight,
-        kept_bytes=spare - home.in_flight * sum(alone) - beside.first,
-        rooms={name: (most - a, most - b) for name, (a, b) in beside.by_unit.items()},
-    )
 
 
 # --------------------------------------------------------------------------------------------------

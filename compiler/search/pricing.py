@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from llmspec.compiler.cost.closed import least_makespan_s, makespan_s
 from llmspec.compiler.cost.data import DataCost, DataGroups, added, data_cost
 from llmspec.compiler.cost.hardware import Machine
-from llmspec.compiler.cost.memory import Ledger, Residence
+from llmspec.compiler.cost.memory import Ledger
 from llmspec.compiler.cost.network import (
     axis_group,
     collective_s,
@@ -27,6 +27,7 @@ from llmspec.compiler.cost.offload import (
     ledgers,
 )
 from llmspec.compiler.cost.rank import Holder, fullest, holders, run_by_ranks
+from llmspec.compiler.cost.residence import Residence
 from llmspec.compiler.cost.stage import Stage
 from llmspec.compiler.cost.step import Step, Tail, Times, durations, stage_work, step_times, tail
 from llmspec.compiler.cost.types import Types

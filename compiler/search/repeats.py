@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from llmspec.compiler.cost.memory import Residence
 from llmspec.compiler.cost.offload import Offload
+from llmspec.compiler.cost.rank import Holder
 from llmspec.compiler.cost.recompute import Operators
+from llmspec.compiler.cost.residence import Residence
 from llmspec.compiler.cost.stage import Stage, together
 from llmspec.compiler.plan import EVERYTHING
 from llmspec.compiler.schedules import stages_of
@@ -115,11 +116,11 @@ class Repeats:
             chosen = self._at(way, bare, homes)
             if chosen is None:  # nothing fits
                 return self.alike(shape.option, shape.microbatch, Recompute.FULL)
-            if len(bare) == shape.grid.pipeline:
+            if holders[0].first is None:
                 break
             before, found = holders, self.known_stages(shape, chosen)
             holders = self.pricing.holders(shape, found, zero, schedule)
-            if all(a.awaited == b.awaited for a, b in zip(before, holders, strict=True)):
+            if all(map(_covers, before, holders)):
                 break
         assert chosen is not None, "what fits nowhere is left above"
         return chosen if any(chosen) else None
@@ -162,3 +163,8 @@ class Repeats:
             budget_bytes=self.budget_bytes,
             some=some,
         )
+
+
+def _covers(one: Holder, other: Holder) -> bool:
+    """Whether the first was weighed at every turn that may be the fullest of the second."""
+    return {turn.held for turn in other.turns} <= {turn.held for turn in one.turns}

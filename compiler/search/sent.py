@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from torch import fx
 
-from llmspec.compiler.cost.data import buckets
+from llmspec.compiler.cost.data import buckets, sums_of, units_of
 from llmspec.compiler.cost.stage import Stage
 from llmspec.compiler.cost.unit import parameter_nodes, resolve
 from llmspec.compiler.graph import Unit
 from llmspec.compiler.ops.registry import numel, shape_of
 from llmspec.compiler.ops.routing import expert_counts
+from llmspec.compiler.orders import order, rank_of, stages_of
 from llmspec.compiler.placement import Collective, local_shape
-from llmspec.compiler.schedules import stages_of
 from llmspec.compiler.search.candidates import Candidate
 from llmspec.compiler.search.space import Space
 
@@ -93,10 +94,30 @@ def _between_data_ranks(
                 counted[str(Collective.ALL_REDUCE), axis, sizes[axis], size] += 1
         return
     cost = space.pricing.data_costs(shape, stages, found.zero, found.shards, found.offload)[stage]
-    # a second part's gradients come when the first part's have been summed
-    again = shape.microbatches if found.schedule.splits and found.zero > 1 else 1
-    for kind, axis, size, often in cost.sends:
-        counted[kind, axis, sizes[axis], size] += often * (again if axis == "replicas" else 1)
+    sends = list(cost.sends)
+    if found.schedule.splits and found.zero > 1:
+        sends = [one for one in sends if one[0] == str(Collective.ALL_GATHER)]
+        sends += _sums_in_parts(space, found, stages, stage)
+    for kind, axis, size, often in sends:
+        counted[kind, axis, sizes[axis], size] += often
+
+
+def _sums_in_parts(
+    space: Space, found: Candidate, stages: list[Stage], stage: int
+) -> Iterator[tuple[str, str, int, int]]:
+    """ZeRO 2 and 3, backwards in two parts: what the first part makes is summed with what the next
+    second part makes, over the replicas each time. A second part that follows another finds none
+    of it."""
+    ranks = found.mesh.pipeline
+    lists = order(found.schedule, len(stages), ranks, found.shape.microbatches)
+    own = lists[rank_of(found.schedule, stage, ranks)]
+    kinds = [action.kind for action in own if action.stage == stage and action.kind != "F"]
+    late = sum(pair == ("W", "W") for pair in pairwise(kinds))
+    whole = found.shape.microbatches - late
+    units, groups = units_of(stages[stage]), space.pricing.groups(found.mesh)
+    for only_late, times in ((False, whole), (True, late)):
+        for kind, axis, size, often in sums_of(units, groups, space.types, late=only_late):
+            yield kind, axis, size, often * times
 
 
 def _bucket_bytes(space: Space, found: Candidate, stage: int) -> Iterator[tuple[str, int]]:

@@ -3,8 +3,9 @@ from dataclasses import replace
 import pytest
 
 from llmspec.compiler.cost.hardware import machine_of
-from llmspec.compiler.cost.memory import Residence, ledger
+from llmspec.compiler.cost.memory import ledger
 from llmspec.compiler.cost.recompute import Again
+from llmspec.compiler.cost.residence import Residence
 from llmspec.compiler.cost.stage import Run, Stage
 from llmspec.compiler.cost.types import types_of
 from llmspec.compiler.cost.unit import UnitCost
