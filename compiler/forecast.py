@@ -69,8 +69,9 @@ class Priced:
             ) from None
 
     def holders(self) -> list[Holder]:
+        plan = self.plan
         return self.space.pricing.holders(
-            self.shape, list(self.stages), self.plan.zero, self.schedule
+            self.shape, list(self.stages), plan.zero, self.schedule, plan.offload
         )
 
     def home(self, holder: Holder) -> Residence:

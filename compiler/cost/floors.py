@@ -5,7 +5,14 @@ from __future__ import annotations
 from llmspec.compiler.cost.backward import making, working_bytes
 from llmspec.compiler.cost.hardware import Machine
 from llmspec.compiler.cost.memory import gathered_bytes, gradient_bytes, software_bytes
-from llmspec.compiler.cost.offload import OPTIMIZER, PARAMETERS, Offload, crossing_bytes
+from llmspec.compiler.cost.offload import (
+    ACTIVATIONS,
+    OPTIMIZER,
+    PARAMETERS,
+    AwayRank,
+    Offload,
+    crossing_bytes,
+)
 from llmspec.compiler.cost.passing import passing
 from llmspec.compiler.cost.residence import Residence, cast_bytes
 from llmspec.compiler.cost.stage import Stage
@@ -36,10 +43,15 @@ def standing_bytes(
     return size + (round(home.in_flight * stage.output_bytes) if home.sends_on else 0)
 
 
-def turning(stage: Stage, home: Residence, types: Types, machine: Machine) -> Rank | None:
+def turning(
+    stage: Stage, home: Residence, types: Types, machine: Machine, offload: Offload
+) -> Rank | None:
     """What bounds ask of a rank whose stages go backward in turn, at the first of its
     turns; None of any other."""
-    return Rank(stage, home, types, "gradients" in machine.fused) if home.turns else None
+    if not home.turns:
+        return None
+    rank = AwayRank if ACTIVATIONS in offload else Rank
+    return rank(stage, home, types, "gradients" in machine.fused)
 
 
 def beside_bytes(

@@ -9,7 +9,7 @@ from llmspec.compiler.cost.hardware import Machine
 from llmspec.compiler.cost.passing import passing
 from llmspec.compiler.cost.residence import Residence, cast_bytes, sums_bytes
 from llmspec.compiler.cost.stage import Stage
-from llmspec.compiler.cost.turns import in_turns
+from llmspec.compiler.cost.turns import Rank, in_turns
 from llmspec.compiler.cost.types import Types
 
 
@@ -85,7 +85,7 @@ def gathered_bytes(stage: Stage, home: Residence, types: Types) -> int:
 def peak_of_rank(stage: Stage, home: Residence, types: Types, in_place: bool) -> Moment:
     """With all activations on the device."""
     if home.turns:
-        return in_turns(stage, home, types, in_place)
+        return in_turns(Rank(stage, home, types, in_place))
     return fullest(stage, home, types, backwards(stage, home, types, in_place))
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 
 from llmspec.compiler.cost.backward import (
     Backwards,
+    Early,
     Moment,
     coming_elements,
     first_moment,
@@ -20,9 +21,10 @@ from llmspec.compiler.cost.backward import (
 from llmspec.compiler.cost.data import GATHER, DataGroups, exposed_s, sent_s, units_of
 from llmspec.compiler.cost.hardware import Machine
 from llmspec.compiler.cost.memory import Ledger, fullest, gathered_bytes, ledger, peak_of_rank
-from llmspec.compiler.cost.passing import passing
-from llmspec.compiler.cost.residence import Residence, cast_bytes
+from llmspec.compiler.cost.passing import Around
+from llmspec.compiler.cost.residence import Residence, Turn
 from llmspec.compiler.cost.stage import Parts, Run, Stage
+from llmspec.compiler.cost.turns import Rank, in_turns
 from llmspec.compiler.cost.types import Types
 
 OPTIMIZER, ACTIVATIONS, PARAMETERS = "optimizer", "activations", "parameters"
@@ -68,13 +70,6 @@ NO_HOST = HostLedger()
 # Bytes
 
 
-def away_bytes(run: Run) -> int:
-    """Of one use of a block, what leaves the device; units that stand alone keep theirs."""
-    if not run.block:
-        return 0
-    return run.recompute.away_bytes if run.recompute else run.cost.away_bytes
-
-
 def ledgers(
     stage: Stage, home: Residence, types: Types, machine: Machine, offload: Offload
 ) -> tuple[Ledger, HostLedger]:
@@ -88,10 +83,7 @@ def ledgers(
 
 
 def as_they_leave(home: Residence, offload: Offload) -> Residence:
-    """Gradients of parameters in host memory go there as they come: none add up on the device. The
-    fullest moment was chosen by what is kept: where that has left, all gradients may have come."""
-    if ACTIVATIONS in offload:
-        home = replace(home, awaited=(0, 0), turns=())
+    """Gradients of parameters in host memory go there as they come: none add up on the device."""
     return replace(home, standing=True) if PARAMETERS in offload else home
 
 
@@ -100,6 +92,8 @@ def peak_of(
 ) -> Moment:
     """The moment whose activations and buffers are the ledger's."""
     home, in_place = as_they_leave(home, offload), "gradients" in machine.fused
+    if ACTIVATIONS in offload and home.turns:
+        return in_turns(AwayRank(stage, home, types, in_place))
     if ACTIVATIONS in offload:
         return fullest(stage, home, types, _backwards(stage, home, types, in_place))
     return peak_of_rank(stage, home, types, in_place)
@@ -155,41 +149,15 @@ def crossing_bytes(
 
 def _backwards(stage: Stage, home: Residence, types: Types, in_place: bool) -> Backwards:
     """On the device is what stays of every micro-batch in flight, and of one of them the blocks
-    that are here. As a block goes backward the one before it comes back; going forward it leaves
-    meanwhile, which is as much."""
-    casts = cast_bytes(home, types)
-    runs = [_use(run, home, casts) for run in stage.runs]
-    around = list(reversed(passing(stage, home, types, in_place)))
+    that are here."""
+    rank = AwayRank(stage, home, types, in_place)
+    around = rank.in_parts
     boundary = stage.output_bytes if home.sends_on else 0
-    if home.receives and runs and runs[0].away:
-        boundary += runs[0].input_bytes  # the pipeline holds it for the gradient to send back
-    stays = sum(u.count * u.stays for u in runs)
-    ending = making(stage, home, types, casts[0], around[::-1])
+    boundary += stage.left_input_bytes if home.receives else 0
+    stays = sum(rank.kept)
 
     def backward(in_flight: float, coming: int) -> Moment:
-        below, made = stays, 0
-        # the last block has not left yet as the forward ends
-        here = stays + (runs[-2].away if len(runs) > 1 else 0)
-        worst, most = first_moment(stage, here, ending)
-        for i, use in reversed(list(enumerate(runs))):
-            grown = coming * use.coming
-            working = working_bytes(stage.runs[i], home, types, casts[0], coming)
-            # from one use to the one before it sums change evenly, but at both ends of a run
-            for place in sorted({*around[i], max(use.count - 2, 0)}):
-                during, after = around[i].get(place) or around[i][1]
-                back = use.away if place < use.count - 1 else runs[i - 1].away if i else 0
-                here, come = below - place * use.stays + back, made + place * grown
-                held = here + use.away + use.again
-                size = held + come + working + sum(during)
-                if size > most:
-                    most = size
-                    worst = Moment(held, come, working, during, i, place, running=True)
-                size = here - use.stays + come + grown + sum(after)
-                if size > most:
-                    most = size
-                    worst = Moment(here - use.stays, come + grown, 0, after, i, place + 1)
-            below -= use.count * use.stays
-            made += use.count * grown
+        worst = rank.peak_of_part(stage, coming, around, None)
         earlier = round(max(in_flight - 1, 0.0) * stays + in_flight * boundary)
         whole = earlier + worst.activations
         return worst._replace(activations=whole, in_flight=in_flight, earlier=earlier)
@@ -197,28 +165,78 @@ def _backwards(stage: Stage, home: Residence, types: Types, in_place: bool) -> B
     return backward
 
 
+class AwayRank(Rank):
+    """Where activations wait in host memory. Between the parts of a split backward they are on the
+    device."""
+
+    def stays(self, run: Run) -> int:
+        return run.kept_bytes(*self.casts) - run.away_bytes
+
+    def held_bytes(self, turn: Turn) -> int:
+        first = 0 if self.home.receives else 1
+        rows = [*zip(turn.held.forwards, self.stage.parts, strict=True)][first:]
+        return super().held_bytes(turn) + sum(n * part.left_input_bytes for n, part in rows)
+
+    def peak_of_part(self, part: Stage, coming: int, around: Around, early: Early | None) -> Moment:
+        """As a block goes backward the one before it comes back; going forward it leaves meanwhile,
+        which is as much."""
+        home, types, casts = self.home, self.types, self.casts
+        runs = [_use(run, home, casts, early) for run in part.runs]
+        below, made = sum(u.count * u.stays for u in runs), 0
+        # the last block has not left yet as the forward ends
+        here = below + (runs[-2].away if len(runs) > 1 else 0)
+        worst, most = first_moment(part, here, making(part, home, types, casts[0], around))
+        for i, use, uses in zip(reversed(range(len(runs))), reversed(runs), around, strict=True):
+            grown = use.early if early else coming * use.coming
+            working = working_bytes(part.runs[i], home, types, casts[0], coming)
+            # from one use to the one before it sums change evenly, but at both ends of a run
+            for place in sorted({*uses, max(use.count - 2, 0)}):
+                during, summed = uses.get(place) or uses[1]
+                after = summed._replace(summing=during.summing) if early else summed
+                back = use.away if place < use.count - 1 else runs[i - 1].away if i else 0
+                here, come = below - place * use.freed + back, made + place * grown
+                held = here + use.away + use.again
+                size = held + come + working + sum(during)
+                if size > most:
+                    most = size
+                    worst = Moment(held, come, working, during, i, place, running=True)
+                size = here - use.freed + come + grown + use.turned + sum(after)
+                if size > most:
+                    most, come = size, come + grown
+                    worst = Moment(here - use.freed, come, use.turned, after, i, place + 1)
+            below -= use.count * use.freed
+            made += use.count * grown
+        return worst
+
+
 @dataclass(frozen=True, slots=True)
 class _Use:
     """Each of `count` uses of a unit: bytes that stay on the device, that leave it, that
-    recomputing makes, of its input; elements of its weights whose gradients stay."""
+    recomputing makes, of what stays those that go with its backward; elements of its weights whose
+    gradients stay. early, turned: bytes of those of a first part; see backward.Early."""
 
     count: int
     stays: int
     away: int
     again: int
-    input_bytes: int
+    freed: int
     coming: int
+    early: int
+    turned: int
 
 
-def _use(run: Run, home: Residence, casts: tuple[int, int]) -> _Use:
-    away = away_bytes(run)
+def _use(run: Run, home: Residence, casts: tuple[int, int], early: Early | None) -> _Use:
+    late, away = run.cost.late, run.away_bytes
+    stays = run.kept_bytes(*casts) - away
     return _Use(
         count=run.count,
-        stays=run.kept_bytes(*casts) - away,
+        stays=stays,
         away=away,
         again=run.returning_bytes(*casts),
-        input_bytes=run.cost.input_bytes,
+        freed=stays - (late.size_bytes if early else 0),
         coming=coming_elements(run, home),
+        early=early.stays * late.early_elements if early else 0,
+        turned=early.turned * late.early_elements if early else 0,
     )
 
 
@@ -260,7 +278,7 @@ def host_cost(
     share = 1.0 if machine.copies_overlap else 0.0
     if ACTIVATIONS in offload:
         for run in stage.runs:
-            each = away_bytes(run) / machine.host_link_bytes_per_s
+            each = run.away_bytes / machine.host_link_bytes_per_s
             computing = run.cost.whole_forward_s
             behind = run.cost.whole_backward_s + run.again_s
             forward += run.count * exposed_s(each, computing, share)

@@ -80,18 +80,22 @@ def holders(
     microbatches: int,
     cast_bytes: int = 0,
     sum_bytes: int = 0,
+    *,
+    away: bool = False,
 ) -> list[Holder]:
     """Of every rank. cast_bytes: of each weight element that autograd keeps as its use casts it.
-    sum_bytes: of each whose gradient stays whole from the first backward on; 0: none does."""
+    sum_bytes: of each whose gradient stays whole from the first backward on; 0: none does.
+    away: what autograd keeps waits in host memory, where it can."""
     sizes = [
         _Sizes(
-            stage.kept_bytes(cast_bytes),
+            stage.kept_bytes(cast_bytes) - (stage.away_bytes if away else 0),
             stage.late_bytes,
             stage.output_bytes,
+            stage.left_input_bytes if away and number else 0,
             sum_bytes * stage.elements,
             stage.away_host_bytes,
         )
-        for stage in stages
+        for number, stage in enumerate(stages)
     ]
     tables = _tables(schedule, len(stages), ranks, microbatches)
     return [
@@ -103,11 +107,13 @@ def holders(
 @dataclass(frozen=True, slots=True)
 class _Sizes:
     """Bytes of one stage: of one micro-batch until its backward, from its first to its second part,
-    of its result, what it has in host memory; and of all gradients that stay."""
+    of its result, of its input beside what it keeps, what it has in host memory; and of all
+    gradients that stay."""
 
     kept: int
     late: int
     output: int
+    input: int
     sums: int
     away: int
 
@@ -152,6 +158,7 @@ def _holder(
     # a result that another rank gets stays for its backward
     sends = tuple(s < last and s + 1 not in own for s in own)
     sent = [size.output if there else 0 for size, there in zip(mine, sends, strict=True)]
+    sent = [more + size.input for size, more in zip(mine, sent, strict=True)]
     late, sums = [size.late for size in mine], [size.sums for size in mine]
     alive = [size.kept + more for size, more in zip(mine, sent, strict=True)]
     held = table.rows @ np.array([*alive, *late, *[0] * len(own), 0])

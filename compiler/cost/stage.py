@@ -47,8 +47,15 @@ class Run:
         return self.recompute.whole_s if self.recompute else 0.0
 
     @property
+    def away_bytes(self) -> int:
+        """What can leave the device of one use; units that stand alone keep theirs."""
+        if not self.block:
+            return 0
+        return self.recompute.away_bytes if self.recompute else self.cost.away_bytes
+
+    @property
     def away_host_bytes(self) -> int:
-        """What one use can have in host memory; units that stand alone keep theirs."""
+        """And what that takes in host memory."""
         if not self.block:
             return 0
         return self.recompute.away_host_bytes if self.recompute else self.cost.away_host_bytes
@@ -249,6 +256,18 @@ class Stage:
     def fixed_kept_bytes(self) -> int:
         """Of `kept_bytes`, what does not grow with the micro-batch."""
         return sum(r.count * r.cost.fixed_saved_bytes for r in self.runs if not r.recompute)
+
+    @cached_property
+    def away_bytes(self) -> int:
+        """Of what one micro-batch keeps, what can leave the device until its backward."""
+        return sum(r.count * r.away_bytes for r in self.runs)
+
+    @property
+    def left_input_bytes(self) -> int:
+        """Of its input, where what autograd keeps of that leaves: the pipeline holds it for the
+        gradient to send back."""
+        first = self.runs[0] if self.runs else None
+        return first.cost.input_bytes if first is not None and first.away_bytes else 0
 
     @cached_property
     def away_host_bytes(self) -> int:

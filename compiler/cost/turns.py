@@ -15,10 +15,9 @@ from llmspec.compiler.cost.types import Types
 from llmspec.compiler.schedules import ALL, EARLY, NONE
 
 
-def in_turns(stage: Stage, home: Residence, types: Types, in_place: bool) -> Moment:
-    """Of all the turns of the residence."""
-    rank = Rank(stage, home, types, in_place)
-    return max(map(rank.moment, home.turns), key=lambda moment: moment.total)
+def in_turns(rank: Rank) -> Moment:
+    """Of all the turns of its residence."""
+    return max(map(rank.moment, rank.home.turns), key=lambda moment: moment.total)
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,11 @@ class Rank:
 
     @cached_property
     def kept(self) -> list[int]:
-        return [part.kept_bytes(*self.casts) for part in self.stage.parts]
+        return [sum(r.count * self.stays(r) for r in part.runs) for part in self.stage.parts]
+
+    def stays(self, run: Run) -> int:
+        """What one use keeps on the device."""
+        return run.kept_bytes(*self.casts)
 
     @cached_property
     def sums(self) -> list[int]:
@@ -146,7 +149,11 @@ class Rank:
             there = held.early[held.runs] if home.sums_each_time else come != NONE or self.always
             turned = types.compute if home.sums_each_time else 0
             early = Early(0 if there else self.early_width, turned)
-        return peak_of_one(part, types, self.casts, coming, around, home, early)
+        return self.peak_of_part(part, coming, around, early)
+
+    def peak_of_part(self, part: Stage, coming: int, around: Around, early: Early | None) -> Moment:
+        """Of one micro-batch's backward, or the first part of one."""
+        return peak_of_one(part, self.types, self.casts, coming, around, self.home, early)
 
     def _second_part(self, part: Stage, around: Around, *, grows: bool) -> Moment:
         """Gradients of matrices alone; what a unit kept for them is there until its last has come.

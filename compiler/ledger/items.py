@@ -12,7 +12,7 @@ from typing import Any
 
 from llmspec.compiler.cost.backward import Moment
 from llmspec.compiler.cost.memory import Ledger, gathered_bytes
-from llmspec.compiler.cost.offload import ACTIVATIONS, PARAMETERS, away_bytes, ledgers, peak_of
+from llmspec.compiler.cost.offload import ACTIVATIONS, PARAMETERS, ledgers, peak_of
 from llmspec.compiler.cost.rank import Holder
 from llmspec.compiler.cost.residence import Residence, cast_bytes
 from llmspec.compiler.cost.stage import Run
@@ -150,8 +150,8 @@ def _activations(
     casts = cast_bytes(home, known.space.types)
     away = ACTIVATIONS in known.plan.offload
     boundary = holder.stage.output_bytes if home.sends_on else 0
-    if away and home.receives and uses and away_bytes(uses[0].run):
-        boundary += uses[0].run.cost.input_bytes  # the pipeline holds it for the gradient
+    if away and home.receives:
+        boundary += holder.stage.left_input_bytes
     return [
         *_earlier(uses, peak, casts, boundary, away=away),
         *(_alive(uses, peak, casts, away=away) if peak.kind != "W" else ()),
@@ -186,9 +186,9 @@ def _alive(uses: Sequence[Use], peak: Moment, casts: tuple[int, int], *, away: b
     if away:
         # what computes is here, and what comes back for the one before it
         before = peak.done + peak.running < use.count
-        here += [use] if before else [uses[index - 1]] if index else []
+        here += [use] if before else [uses[index - 1]] if index > peak.begin else []
         for one in here:
-            back = Item("activations", "back from the host", one.unit, 1, away_bytes(one.run))
+            back = Item("activations", "back from the host", one.unit, 1, one.run.away_bytes)
             items.append(back)
     return items
 
@@ -221,7 +221,7 @@ def _earlier(
 def _kept(use: Use, casts: tuple[int, int], *, away: bool) -> tuple[int, int]:
     """Of one use on the device: by operators, and weights as they cast them."""
     bare = use.run.kept_bytes(0, 0)
-    return bare - (away_bytes(use.run) if away else 0), use.run.kept_bytes(*casts) - bare
+    return bare - (use.run.away_bytes if away else 0), use.run.kept_bytes(*casts) - bare
 
 
 # --------------------------------------------------------------------------------------------------

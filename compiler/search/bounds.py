@@ -11,7 +11,6 @@ from llmspec.compiler.cost.offload import (
     OPTIMIZER,
     PARAMETERS,
     Offload,
-    away_bytes,
     update_s,
 )
 from llmspec.compiler.cost.stage import Stage
@@ -269,7 +268,7 @@ class Bounds:
         weights = 0 if self._leaves(PARAMETERS) else self.types.weights
         kept = whole.kept_bytes(0)
         if self._leaves(ACTIVATIONS):
-            kept -= sum(run.count * away_bytes(run) for run in whole.runs)
+            kept -= sum(run.count * run.away_bytes for run in whole.runs)
         return weights + moments, kept
 
 

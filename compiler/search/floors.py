@@ -13,7 +13,7 @@ import numpy as np
 
 from llmspec.compiler.cost.closed import ROUNDING
 from llmspec.compiler.cost.floors import beside_bytes, standing_bytes, turning
-from llmspec.compiler.cost.offload import ACTIVATIONS, Offload, away_bytes, host_ledger
+from llmspec.compiler.cost.offload import ACTIVATIONS, Offload, host_ledger
 from llmspec.compiler.cost.rank import Holder
 from llmspec.compiler.cost.residence import Residence, Turn, cast_bytes
 from llmspec.compiler.cost.stage import Run, Stage
@@ -80,7 +80,7 @@ def _above(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float
 
 def _stays(run: Run, casts: tuple[int, int], offload: Offload) -> int:
     """Of what autograd keeps of one use, what no choice of host memory takes off the device."""
-    return run.kept_bytes(*casts) - (away_bytes(run) if ACTIVATIONS in offload else 0)
+    return run.kept_bytes(*casts) - (run.away_bytes if ACTIVATIONS in offload else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +132,9 @@ class _Flying:
         return (*edges, every, holder.awaited)
 
 
-def _flying(rank: int, holder: Holder, *, away: bool) -> _Flying:
+def _flying(rank: int, holder: Holder) -> _Flying:
     turn = holder.first
-    if away or turn is None:
+    if turn is None:
         return _Flying(rank, holder, holder.in_flight, holder.message_bytes)
     most = max(turn.held.forwards)
     besides = turn.message_bytes + holder.besides
@@ -240,7 +240,7 @@ class Floors:
         if key not in self.standing:
             types, machine, stage = self.pricing.types, self.pricing.machine, alike.holder.stage
             home = alike.home(plain)
-            rank = turning(stage, home, types, machine)
+            rank = turning(stage, home, types, machine, offload)
             standing = standing_bytes(stage, home, types, machine, offload, rank)
             first, _ = beside_bytes(stage, home, types, machine, rank=rank)
             self.standing[key] = standing + first
@@ -284,16 +284,16 @@ class Floors:
         return self.trades[key]
 
     def _alike(self, way: Way, bare: list[Stage]) -> list[_Alike]:
-        """Where what blocks keep waits in host memory no turns are told apart."""
-        shape, schedule, away = way.shape, way.schedule, ACTIVATIONS in way.offload
-        key = (*self.pricing.held_key(shape, bare, way.zero, schedule), away)
+        shape, zero, schedule = way.shape, way.zero, way.schedule
+        key = self.pricing.held_key(shape, bare, zero, schedule, way.offload)
         if key not in self.alike:
             groups: dict[tuple[object, ...], list[_Flying]] = {}
             ranks = shape.grid.pipeline
             mine = [stages_of(schedule, rank, len(bare), ranks) for rank in range(ranks)]
             own = [tuple(id(bare[s]) for s in stages) for stages in mine]
-            for rank, holder in enumerate(self.pricing.holders(shape, bare, way.zero, schedule)):
-                one = _flying(rank, holder, away=away)
+            holders = self.pricing.holders(shape, bare, zero, schedule, way.offload)
+            for rank, holder in enumerate(holders):
+                one = _flying(rank, holder)
                 groups.setdefault((own[rank], *one.alike(shape.microbatches)), []).append(one)
             self.alike[key] = [
                 _together(same, own[same[0].rank], self._names(shape, mine[same[0].rank]))

@@ -248,7 +248,7 @@ def fitting(
         least = Stage(runs, bare.tied_elements)
         if ledgers(least, home, types, machine, offload)[0].total > budget_bytes:
             return None
-    rank = turning(bare, home, types, machine)
+    rank = turning(bare, home, types, machine, offload)
     spare = budget_bytes - standing_bytes(bare, home, types, machine, offload, rank)
     if rank is not None:
         first, _ = beside_bytes(bare, home, types, machine, rank=rank)
@@ -264,7 +264,7 @@ def fitting(
         kept = limits_of(of_each, fewer, casts, spare, beside, away).kept_bytes
         kept = min(limits.kept_bytes, kept * home.in_flight / fewer.in_flight)
         limits = replace(limits, kept_bytes=kept)
-    if away and not _adjoin(of_each):
+    if away and (home.turns or not _adjoin(of_each)):
         limits = replace(limits, rooms={})
     for splits in mixtures.within(limits, some=some):
         pick = dict(zip(mixtures.units, splits, strict=True))

@@ -83,25 +83,37 @@ class Pricing:
     # -- memory
 
     def holders(
-        self, shape: Shape, stages: list[Stage], zero: int, schedule: Schedule
+        self,
+        shape: Shape,
+        stages: list[Stage],
+        zero: int,
+        schedule: Schedule,
+        offload: Offload = (),
     ) -> list[Holder]:
         """Every rank, as the ledger sees it."""
-        key = self.held_key(shape, stages, zero, schedule)
+        key = self.held_key(shape, stages, zero, schedule, offload)
         if key not in self.held:
             casts = self.types.mixed and zero == 0 and not self.machine.short_weights
             cast = self.types.compute if casts else 0
             ranks, count = shape.grid.pipeline, shape.microbatches
             sums = self.sum_bytes(shape, zero)
-            self.held[key] = holders(schedule, stages, ranks, count, cast, sums)
+            away = ACTIVATIONS in offload
+            self.held[key] = holders(schedule, stages, ranks, count, cast, sums, away=away)
         return self.held[key]
 
     def held_key(
-        self, shape: Shape, stages: list[Stage], zero: int, schedule: Schedule
+        self,
+        shape: Shape,
+        stages: list[Stage],
+        zero: int,
+        schedule: Schedule,
+        offload: Offload,
     ) -> tuple[object, ...]:
         """What decides that: of ZeRO whether there is any, for then autograd does not keep weights
         as cast, and which gradients stay."""
         ids, sums = tuple(id(stage) for stage in stages), self.sum_bytes(shape, zero)
-        return schedule, ids, shape.grid.pipeline, shape.microbatches, zero == 0, sums
+        away = ACTIVATIONS in offload
+        return schedule, ids, shape.grid.pipeline, shape.microbatches, zero == 0, sums, away
 
     def sum_bytes(self, shape: Shape, zero: int) -> int:
         """Of each element whose gradient stays whole once it has come; 0 where they go, and where
@@ -113,11 +125,11 @@ class Pricing:
         return self.types.reduced if zero == 1 and shape.microbatches > 1 else 0
 
     def _fullest(
-        self, shape: Shape, stages: list[Stage], zero: int, schedule: Schedule
+        self, shape: Shape, stages: list[Stage], zero: int, schedule: Schedule, offload: Offload
     ) -> list[Holder]:
-        key = self.held_key(shape, stages, zero, schedule)
+        key = self.held_key(shape, stages, zero, schedule, offload)
         if key not in self.most:
-            found = self.holders(shape, stages, zero, schedule)
+            found = self.holders(shape, stages, zero, schedule, offload)
             self.most[key] = fullest(found, shape.microbatches)
         return self.most[key]
 
@@ -153,7 +165,7 @@ class Pricing:
         plain = self.residence(shape, zero, shards)
         found = [
             ledgers(holder.stage, holder.home(plain), self.types, self.machine, offload)
-            for holder in self._fullest(shape, stages, zero, schedule)
+            for holder in self._fullest(shape, stages, zero, schedule, offload)
         ]
         worst = max((made for made, _ in found), key=lambda made: made.total)
         return worst, max((host for _, host in found), key=lambda host: host.total)

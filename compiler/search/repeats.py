@@ -110,7 +110,7 @@ class Repeats:
             return alike
         bare = self.alike_stages(shape, Recompute.NONE)
         plain = self.pricing.residence(shape, zero, way.shards)
-        holders, chosen = self.pricing.holders(shape, bare, zero, schedule), None
+        holders, chosen = self.pricing.holders(shape, bare, zero, schedule, way.offload), None
         for _ in range(MOMENTS):
             homes = [holder.home(plain) for holder in holders]
             chosen = self._at(way, bare, homes)
@@ -119,7 +119,7 @@ class Repeats:
             if holders[0].first is None:
                 break
             before, found = holders, self.known_stages(shape, chosen)
-            holders = self.pricing.holders(shape, found, zero, schedule)
+            holders = self.pricing.holders(shape, found, zero, schedule, way.offload)
             if all(map(_covers, before, holders)):
                 break
         assert chosen is not None, "what fits nowhere is left above"

@@ -11,7 +11,6 @@ import numpy as np
 
 from llmspec.compiler.cost.backward import coming_elements, making, working_bytes
 from llmspec.compiler.cost.hardware import Machine
-from llmspec.compiler.cost.offload import away_bytes
 from llmspec.compiler.cost.passing import passing
 from llmspec.compiler.cost.residence import Residence, cast_bytes
 from llmspec.compiler.cost.stage import Run, Stage
@@ -63,7 +62,7 @@ def limits_of(
     """What may stay of blocks of all micro-batches in flight, and how much there may be of blocks
     in the last one's backward. Both are needed; the ledger has the last word."""
     alone = [
-        0 if name else run.count * (run.kept_bytes(*casts) - (away_bytes(run) if away else 0))
+        0 if name else run.count * (run.kept_bytes(*casts) - (run.away_bytes if away else 0))
         for name, run in runs
     ]
     first = next(i for i, (name, _) in enumerate(runs) if name)
@@ -81,19 +80,17 @@ def limits_in_turns(
     """At the first of the turns: one stage goes backward, of the others all that is in flight
     stays. first: bytes beside what is kept as it begins."""
     turn = rank.home.turns[0]
-    held, casts = turn.held, rank.casts
+    held = turn.held
     stages = accumulate(run.begins for _, run in runs)
     rows = [(stage - 1, name, run) for stage, (name, run) in zip(stages, runs, strict=True)]
-    of_one = sum(run.count * run.kept_bytes(*casts) for _, name, run in rows if name)
+    of_one = sum(run.count * rank.stays(run) for _, name, run in rows if name)
     blocks = sum(
-        held.forwards[stage] * run.count * run.kept_bytes(*casts)
-        for stage, name, run in rows
-        if name
+        held.forwards[stage] * run.count * rank.stays(run) for stage, name, run in rows if name
     )
     # nothing below is a choice of the blocks
     spare -= rank.held_bytes(turn) - blocks
     behind = sum(
-        run.count * replace(run, recompute=mixtures.least[name]).kept_bytes(*casts)
+        run.count * rank.stays(replace(run, recompute=mixtures.least[name]))
         for stage, name, run in rows
         if name and stage > held.runs
     )
