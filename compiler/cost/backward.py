@@ -74,13 +74,14 @@ def coming_bytes(run: Run, home: Residence, types: Types, coming: int) -> int:
     return sums_bytes(run.cost.elements, run.cost.expert_elements, home, types)
 
 
-def working_bytes(run: Run, home: Residence, types: Types, cast: int, coming: int) -> int:
+def working_bytes(
+    run: Run, home: Residence, types: Types, cast: int, coming: int, *, first_part: bool = False
+) -> int:
     """Of a use that goes backward, beside what is kept, with the gradients of its weights so far.
     `cast`: bytes of each weight that its use casts; `coming`: of each gradient that stays where it
     comes; with ZeRO they stay as computed until the unit is through."""
-    return (
-        run.working_bytes(cast, coming) if home.zero == 0 else run.working_bytes(0, types.compute)
-    )
+    cast, coming = (cast, coming) if home.zero == 0 else (0, types.compute)
+    return run.working_bytes(cast, coming, first_part=first_part)
 
 
 def making(stage: Stage, home: Residence, types: Types, cast: int, around: Around) -> Moment | None:
@@ -132,7 +133,8 @@ def peak_of_one(
             freed -= run.cost.late.size_bytes
             grown = early.stays * run.cost.late.early_elements
             turned = early.turned * run.cost.late.early_elements
-        working = working_bytes(run, home, types, casts[0], coming)
+        first = early is not None
+        working = working_bytes(run, home, types, casts[0], coming, first_part=first)
         # uses between the second and the last are like these, and what changes does so evenly
         for place, (during, summed) in uses.items():
             after = summed if early is None else summed._replace(summing=during.summing)

@@ -188,7 +188,8 @@ class AwayRank(Rank):
         worst, most = first_moment(part, here, making(part, home, types, casts[0], around))
         for i, use, uses in zip(reversed(range(len(runs))), reversed(runs), around, strict=True):
             grown = use.early if early else coming * use.coming
-            working = working_bytes(part.runs[i], home, types, casts[0], coming)
+            first = early is not None
+            working = working_bytes(part.runs[i], home, types, casts[0], coming, first_part=first)
             # from one use to the one before it sums change evenly, but at both ends of a run
             for place in sorted({*uses, max(use.count - 2, 0)}):
                 during, summed = uses.get(place) or uses[1]

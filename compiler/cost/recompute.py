@@ -29,7 +29,14 @@ from llmspec.compiler.cost.unit import (
 from llmspec.compiler.graph import Unit
 from llmspec.compiler.kernels.kernel import Kernel, pick
 from llmspec.compiler.ops import collective
-from llmspec.compiler.ops.registry import entry_of, numel, shape_of, shapes_of, tensor_operands
+from llmspec.compiler.ops.registry import (
+    entry_of,
+    late_weight,
+    numel,
+    shape_of,
+    shapes_of,
+    tensor_operands,
+)
 from llmspec.compiler.placement import Collective, Kind
 from llmspec.compiler.plan import EVERYTHING
 
@@ -137,6 +144,12 @@ class Flow:
             for value in step.keeps:
                 found[value].append(step.name)
         return found
+
+    @cached_property
+    def late_values(self) -> set[str]:
+        """What products multiply with, whose weights' gradients may come later."""
+        products = [s for s in self.steps.values() if late_weight(s.node) is not None]
+        return {step.reads[0] for step in products if step.reads}
 
     def needed(self, chosen: Collection[str]) -> set[str]:
         """Of the chosen operators those that the backward asks for: for what they keep besides,
@@ -266,7 +279,8 @@ class Flow:
         extras = {s.name for s in self.steps.values() if s.extra_bytes and s.name not in runs}
         ran: set[str] = set()
         now = sum(map(self.size_bytes, alive)) + sum(self.steps[n].extra_bytes for n in extras)
-        worst = came = cast = 0
+        worst = came = cast = late = 0
+        later = self.late_values
         moments: list[At] = []
         waiting = Waiting()
         waiting.come(self.result, self.size_bytes(self.result))
@@ -274,12 +288,13 @@ class Flow:
         casts = new_casts({s.name: s.casts for s in self.steps.values()})
 
         def release(reader: str, values: Iterable[str]) -> None:
-            nonlocal now
+            nonlocal now, late
             for value in values:
                 readers[value].discard(reader)
                 if not readers[value] and value in alive:
                     alive.remove(value)
                     now -= self.size_bytes(value)
+                    late += self.size_bytes(value) if value in later else 0
 
         def run(name: str) -> None:
             nonlocal now, worst
@@ -295,7 +310,8 @@ class Flow:
                 extras.add(name)
                 now += step.extra_bytes
             worst = max(worst, now)
-            moments.append(At(came, -cast, 0, now + waiting.total + step.making_bytes))
+            here = now + waiting.total + step.making_bytes
+            moments.append(At(came, -cast, 0, here, late + waiting.late_bytes()))
             release(f"again {name}", step.reads)
 
         ahead = set(self.steps)
@@ -307,9 +323,11 @@ class Flow:
                     run(name)
             worst = max(worst, now)
             gradients: dict[Hashable, int] = {v: self.size_bytes(v) for v in step.reads}
-            beside = waiting.through(step.name, gradients, hands_on=step.hands_on)
+            left = late + waiting.late_bytes()
+            product = late_weight(step.node) is not None
+            beside = waiting.through(step.name, gradients, hands_on=step.hands_on, late=product)
             if not step.makes_gradients:
-                moments.append(At(came, -cast, 0, now + beside + step.working_bytes))
+                moments.append(At(came, -cast, 0, now + beside + step.working_bytes, left))
             own = sum(n for w, n in step.weights.items() if w not in seen)
             seen |= step.weights.keys()
             came += own
@@ -320,7 +338,8 @@ class Flow:
                 now -= step.extra_bytes
             release(step.name, step.keeps)
             if own:
-                moments.append(At(came, -cast, own, now + waiting.total))
+                left = late + waiting.late_bytes()
+                moments.append(At(came, -cast, own, now + waiting.total, left))
         return worst, worst_of(moments)
 
     def values(self) -> list[str]:

@@ -76,11 +76,12 @@ class Run:
         casts = 0 if again.keeps_casts else self.cast_kept_bytes(cast_bytes, expert_cast_bytes)
         return again.working_bytes + casts
 
-    def working_bytes(self, cast_bytes: int, coming: int = 0) -> int:
+    def working_bytes(self, cast_bytes: int, coming: int = 0, *, first_part: bool = False) -> int:
         """The most beside those, as operators of one use run and free what they needed. `coming`:
-        bytes of each element whose gradient comes meanwhile and stays."""
+        bytes of each element whose gradient comes meanwhile and stays. first_part: of a split
+        backward."""
         moments = self.recompute.moments if self.recompute else self.cost.moments
-        return fullest_of(moments, coming, cast_bytes)
+        return fullest_of(moments, coming, cast_bytes, first_part=first_part)
 
     def cast_kept_bytes(self, cast_bytes: int, expert_cast_bytes: int | None = None) -> int:
         """Of the weights as its operators cast them."""

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TypeVar
 
 from torch import fx
@@ -24,6 +25,7 @@ from llmspec.compiler.ops.registry import (
     Shapes,
     choice_named,
     entry_of,
+    late_weight,
     numel,
     shape_of,
     tensor_operands,
@@ -245,8 +247,9 @@ class _Tally:
     gathered: set[tuple[fx.Node, State]] = field(default_factory=set)
     """Kept as they were before a gather, which the backward repeats."""
     extras: list[int] = field(default_factory=list)
-    frees: dict[fx.Node, int] = field(default_factory=dict)
-    """Bytes kept that an operator's backward is the last to need."""
+    frees: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)
+    """Bytes kept that an operator's backward is the last to need, and of these what the second part
+    of a split one still needs."""
     inner: Mapping[str, Group] = field(default_factory=dict)
     sends: Counter[tuple[str, str, int, bool]] = field(default_factory=Counter)
     sent_s: defaultdict[tuple[str, bool], float] = field(default_factory=lambda: defaultdict(float))
@@ -282,8 +285,10 @@ class _Tally:
         if cost.saved.result:
             self.keep(node, choice.result)
         self.extras.append(cost.saved.extra_bytes)
-        own = sum(self.bytes_of(*key) for key in self.kept - before)
-        self.frees[node] = own + cost.saved.extra_bytes
+        new = self.kept - before
+        own = sum(self.bytes_of(*key) for key in new)
+        late = sum(self.bytes_of(*key) for key in new & self.late_operands)
+        self.frees[node] = own + cost.saved.extra_bytes, late
         self.send(node, shapes, cost)
         numbers = entry_of(node).numbers
         for one in numbers(node, shapes, self.width) if numbers is not None else ():
@@ -324,6 +329,13 @@ class _Tally:
             found.append(made)
         return found
 
+    @cached_property
+    def late_operands(self) -> set[tuple[fx.Node, State]]:
+        """What products multiply with, whose weights' gradients may come later."""
+        products = [n for n in self.unit.calls() if late_weight(n) is not None]
+        pairs = ((tensor_operands(n)[0], self.layout.choices[n].operands[0]) for n in products)
+        return {storage(self.layout, *pair) for pair in pairs}
+
     def late(self, costs: list[OperatorCost], elements: Mapping[str, int]) -> Late:
         def state(node: fx.Node, i: int | None) -> tuple[fx.Node, State]:
             choice = self.layout.choices[node]
@@ -343,24 +355,33 @@ class _Tally:
         """As the backward goes: each operator's gradients of weights come, what it needed goes."""
         calls = self.unit.calls()
         casts = new_casts({n: kept_weights(n, c) for n, c in zip(calls, costs, strict=True)})
-        freed = later = cast = came = 0
+        freed = later = cast = came = kept = 0
         found: list[At] = []
         waiting = Waiting()
         result = self.unit.result()
         waiting.come(result, self.bytes_of(result, self.layout.boundary_out))
         seen: set[str] = set()
         for node, cost in reversed(list(zip(calls, costs, strict=True))):
-            beside = waiting.through(node, self.gradients(node), hands_on=hands_on(node))
+            late = kept + waiting.late_bytes()
+            beside = waiting.through(
+                node,
+                self.gradients(node),
+                hands_on=hands_on(node),
+                late=late_weight(node) is not None,
+            )
             if not entry_of(node).makes_gradients:  # whose work its forward has done
-                found.append(At(came, -cast, 0, beside + cost.working_bytes - freed))
+                found.append(At(came, -cast, 0, beside + cost.working_bytes - freed, late))
             own = sum(elements[w] for w in (weights_read(node) & elements.keys()) - seen)
             seen |= weights_read(node)
             came, cast = came + own, cast + sum(elements[w] for w in casts[node] & elements.keys())
-            freed, later = freed + later, self.frees[node]
+            own_bytes, own_late = self.frees[node]
+            kept += own_late
+            freed, later = freed + later, own_bytes
             if entry_of(node).overwrites not in self.machine.fused:
                 freed, later = freed + later, 0  # else the gradient is there
             if own:
-                found.append(At(came, -cast, own, waiting.total - freed))
+                late = kept + waiting.late_bytes()
+                found.append(At(came, -cast, own, waiting.total - freed, late))
         return worst_of(found)
 
     def making(self, costs: list[OperatorCost], elements: Mapping[str, int]) -> At | None:
