@@ -23,6 +23,8 @@ CASES = {
     "pipeline = 2; microbatch = 2; schedule = 1f1b; offload = activations": 2,
     "pipeline = 2; microbatch = 2; schedule = gpipe; offload = activations": 2,
     "pipeline = 2; microbatch = 2; schedule = gpipe; recompute = full; offload = activations": 2,
+    "pipeline = 2; microbatch = 2; schedule = interleaved; offload = activations": 2,
+    "pipeline = 2; microbatch = 2; schedule = zbv; offload = activations": 2,
 }
 """Pins, and how many processes they are for."""
 
@@ -58,3 +60,14 @@ def test_memory_falls_as_predicted(pins: str) -> None:
 @pytest.mark.parametrize("pins", CASES)
 def test_memory_falls_by_every_offload_as_predicted(model: str, pins: str) -> None:
     check_fall(model, pins)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", MODELS)
+def test_the_peak_of_second_parts(model: str) -> None:
+    """What they need is back on the device: next to nothing is saved, and the ledger says so."""
+    pins = "pipeline = 2; microbatch = 2; schedule = zero_bubble; interleave = 1"
+    pins += "; offload = activations"
+    peak, said, host, said_host = measured(model, 2, pins)
+    assert peak == pytest.approx(said, rel=0.03)
+    assert host == pytest.approx(said_host, rel=0.05)
