@@ -343,14 +343,6 @@ class Space:
         for shape in self.shapes(outline, interleave):
             yield Way(shape=shape, zero=zero, shards=shards, schedule=schedule, offload=offload)
 
-    def lacks(self, way: Way) -> float:
-        """Bytes that a plan is too large by at the least, of what is known before its schedule is
-        played: one with backwards in two parts holds what 1F1B holds, and more."""
-        if way.schedule is not Schedule.ZERO_BUBBLE or len(way.shape.cut) > way.shape.grid.pipeline:
-            return 0.0
-        plain = replace(way, schedule=Schedule.ONE_F_ONE_B)
-        return self.misses(plain, self.floor(plain))
-
     def floor(self, way: Way) -> Floor:
         return self.repeats.floor(way)
 

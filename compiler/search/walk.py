@@ -236,9 +236,6 @@ class Walk:
             self.pruned += 1
             return
         for way in space.ways(outline, turn.interleave, turn.schedule, *sharded, turn.offload):
-            if (missing := space.lacks(way)) > 0:
-                self._too_large(space, way, families, missing)
-                continue
             floor = space.floor(way)
             least_s = max(turn.least_s, floor.least_s)
             self._push(space, Floored(way, floor), least_s, outline.least_bytes)

@@ -55,8 +55,6 @@ def check_bounds(of: Space, turn, way, candidate):
         assert sharing.least_s <= turn.least_s <= candidate.step_s
         assert not of.host_lacks(way, of.floor(way))
         assert missing <= 0 and sharing.least_bytes <= of.budget_bytes
-    if (lacks := of.lacks(way)) > 0:
-        assert candidate.times is None and candidate.peak_bytes >= of.budget_bytes + lacks - 2
     if missing > 0:
         assert candidate.peak_bytes >= of.budget_bytes + missing - 2, "numbers are rounded"
 
