@@ -42,12 +42,19 @@ class Rank:
     @cached_property
     def whole(self) -> Around:
         """Where the backwards before were whole."""
-        return passing(self.stage, replace(self.home, split=False), self.types, self.in_place)
+        return self._passing(split=False)
 
     @cached_property
     def in_parts(self) -> Around:
         """Where they were in two parts."""
-        return passing(self.stage, self.home, self.types, self.in_place)
+        return self._passing(split=True)
+
+    def _passing(self, *, split: bool) -> Around:
+        home = replace(self.home, split=self.home.split and split)
+        if len(self.stage.parts) > 1 and home.microbatches > 1:
+            # a turn is not the last one, with which the whole sums of ZeRO 1 leave
+            home = replace(home, in_flight=max(home.in_flight, 2.0))
+        return passing(self.stage, home, self.types, self.in_place)
 
     @cached_property
     def casts(self) -> tuple[int, int]:
