@@ -58,6 +58,7 @@ def face(found: Found | Infeasible) -> Face:
                 "value": lost.family[1],
                 "excess_bytes": lost.excess_bytes,
                 "slower": lost.slower,
+                "exact": lost.exact,
                 "term": lost.term,
                 "text": lost.text,
             }

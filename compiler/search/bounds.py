@@ -246,12 +246,13 @@ class Bounds:
         part = grid.parts(zero, shards).largest(whole.elements, whole.expert_elements)
         stored = of_one * part
         if not self._leaves(PARAMETERS):
-            summed = zero == 0 and grid.data * grid.context > 1
-            summed |= zero == 1 and outline.microbatches > 1
+            # whole sums of all stages have come, and as much is in flight, some time
+            steady = outline.microbatches >= 2 * grid.pipeline
             shared = whole.elements - whole.expert_elements
-            # parts come as a backward goes that finds all micro-batches in flight
-            parted = zero > 0 and outline.microbatches > grid.pipeline
-            stored += types.gradients * (shared if summed else part if parted else 0)
+            if (zero == 0 and grid.data * grid.context > 1) or (zero == 1 and steady):
+                stored += types.gradients * shared
+            elif zero > 0 and steady:
+                stored += types.gradients * part
             stored += types.compute * shared if zero in (1, 2) else 0
         return stored, kept
 

@@ -136,6 +136,14 @@ class Floor:
     bare_host_bytes: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Floored:
+    """A way with what no plan of it undercuts."""
+
+    way: Way
+    floor: Floor
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """One plan with its price. `times` is None when it does not fit.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from llmspec.compiler.schedules import Schedule
-from llmspec.compiler.search.candidates import Candidate, Family, Outline, Shape, Turn, Way
-from llmspec.compiler.search.meshes import Grid
-from llmspec.compiler.search.objective import Objective, Weight
+from llmspec.compiler.search.candidates import Candidate, Family
+from llmspec.compiler.search.families import families_of
+from llmspec.compiler.search.members import Tally
+from llmspec.compiler.search.objective import Objective
 from llmspec.compiler.search.pins import Recompute
 from llmspec.compiler.search.space import Space
 from llmspec.dsl.program import Prefer
@@ -28,163 +27,20 @@ WORDS = {
     "offload": "offload",
 }
 
-SEEN = ("context", "context_style", "expert", "gpus", "kernels")
-"""Families that are spoken of when the search has met them, and that it does not look for."""
-
-PATIENCE = 24
-"""Plans of a family that do not fit before it counts as too large."""
-
-
-def families_of(found: Candidate) -> tuple[Family, ...]:
-    way = Way(
-        shape=found.shape,
-        zero=found.zero,
-        shards=found.shards,
-        schedule=found.schedule,
-        offload=found.offload,
-    )
-    return (*families_at(way), *found.choices)
-
-
-def families_at(way: Way) -> tuple[Family, ...]:
-    shape, grid = way.shape, way.shape.grid
-    return (
-        *shape_families(shape),
-        *sharing_families(grid, way.zero, way.shards),
-        *schedule_families(grid, way.schedule, len(shape.cut) // grid.pipeline),
-        *(("offload", word) for word in way.offload or ("none",)),
-    )
-
-
-def shape_families(shape: Shape | Outline) -> tuple[Family, ...]:
-    """The families that an outline has decided."""
-    names: list[Family] = [
-        ("gpus", str(shape.grid.ranks)),
-        ("tensor", str(shape.grid.tensor)),
-        ("pipeline", str(shape.grid.pipeline)),
-        ("context", str(shape.grid.context)),
-        ("expert", str(shape.grid.expert)),
-        ("microbatch", str(shape.microbatch)),
-        ("recompute", str(shape.recompute)),
-        ("kernels", shape.option.kernels),
-    ]
-    if shape.grid.tensor > 1:
-        names.append(("sequence", "on" if shape.option.sequence else "off"))
-    if shape.option.view.style:
-        names.append(("context_style", shape.option.view.style))
-    return tuple(names)
-
-
-def sharing_families(grid: Grid, zero: int, shards: int) -> tuple[Family, ...]:
-    """Of the data ranks."""
-    level = ("zero", str(zero))
-    return (level, ("sharding", "hybrid" if shards < grid.data else "full")) if zero else (level,)
-
-
-def schedule_families(grid: Grid, schedule: Schedule, interleave: int) -> tuple[Family, ...]:
-    if grid.pipeline == 1:
-        return ()
-    return ("schedule", str(schedule)), ("interleave", str(interleave))
-
-
-def plain_families(way: Way) -> set[Family]:
-    """Of a plan: those that its outline was opened for, and those that are not looked for."""
-    return {f for f in families_at(way) if f != ("offload", "none")}
-
-
-def turn_families(turn: Turn) -> set[Family]:
-    """As `plain_families`, of the plans under one schedule."""
-    sharing = turn.sharing
-    grid = sharing.outline.grid
-    return {
-        *shape_families(sharing.outline),
-        *sharing_families(grid, sharing.zero, sharing.shards),
-        *schedule_families(grid, turn.schedule, turn.interleave),
-    }
-
-
-def possible_families(outline: Outline, space: Space) -> set[Family]:
-    """Every family that some candidate of the outline that may fit belongs to."""
-    names: set[Family] = set()
-    for zero, shards in space.ranges.shardings(outline.grid):
-        if zero == 0 and outline.least_whole_bytes > space.budget_bytes:
-            continue
-        names |= families_with(outline, zero, shards, space)
-    return names
-
-
-def families_with(outline: Outline, zero: int, shards: int, space: Space) -> set[Family]:
-    """Those of an outline's candidates that shard in one way."""
-    grid = outline.grid
-    names = {f for f in shape_families(outline) if f[0] not in SEEN} | set(space.choices)
-    names.update(sharing_families(grid, zero, shards))
-    for interleave, schedules in space.ranges.ways(grid.pipeline):
-        for schedule in schedules:
-            names.update(schedule_families(grid, schedule, interleave))
-    return names
-
-
-@dataclass
-class Tally:
-    """The best member of each family as the search goes: the best that fits, and the smallest."""
-
-    objective: Objective
-    best: dict[Family, Candidate] = field(default_factory=dict)
-    smallest: dict[Family, Candidate] = field(default_factory=dict)
-    too_large: Counter[Family] = field(default_factory=Counter)
-    """How many members did not fit."""
-
-    def add(self, found: Candidate) -> None:
-        best = self.best if found.times is not None else self.smallest
-        for family in families_of(found):
-            self.too_large[family] += found.times is None
-            known = best.get(family)
-            if known is None or self._better(found, known):
-                best[family] = found
-
-    def lowest(self, families: Iterable[Family], least_bytes: float) -> bool:
-        """Whether no plan with a peak of at least `least_bytes` can be any family's smallest, where
-        nothing of the family fits."""
-        return all(
-            f in self.best or (f in self.smallest and self.smallest[f].peak_bytes < least_bytes)
-            for f in families
-        )
-
-    def met(self, families: set[Family], least: Weight) -> bool:
-        """Whether each family has a member that is better."""
-        known = (self.best.get(family) for family in families)
-        return all(one is not None and self.objective.of(one) < least for one in known)
-
-    def settled(self, families: set[Family], least: Weight) -> bool:
-        """Whether no plan with a weight of at least `least` can be any family's best; a family of
-        which so many plans did not fit is not looked for further."""
-        for family in families:
-            best = self.best.get(family)
-            if best is None:
-                if self.too_large[family] < PATIENCE:
-                    return False
-            elif self.objective.of(best) >= least:
-                return False
-        return True
-
-    def _better(self, new: Candidate, old: Candidate) -> bool:
-        if new.times is None:
-            return new.peak_bytes < old.peak_bytes
-        return self.objective.rank(new) < self.objective.rank(old)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lost:
-    """One family and its best member beside the winner.
+    """One family and its best known member beside the winner.
 
     excess_bytes: over the budget, 0 when it fits. slower: share of the winner's step, None when too
-    large.
+    large. exact: no member is better, or none fits.
     term: the part of the time (or of the memory) that made the difference.
     """
 
     family: Family
     excess_bytes: int
     slower: float | None
+    exact: bool
     term: str
     text: str
 
@@ -200,9 +56,12 @@ def explain(
             continue
         if family in tally.best:
             best = tally.best[family]
-            lost.append(_worse(family, winner, played.get(id(best), best), tally.objective))
+            other = played.get(id(best), best)
+            exact = family in tally.exact
+            lost.append(_worse(family, winner, other, tally.objective, exact=exact))
         else:
-            lost.append(_too_large(family, winner, tally.smallest[family], space.budget_bytes))
+            smallest, exact = tally.smallest[family], family in tally.exact
+            lost.append(_too_large(family, winner, smallest, space.budget_bytes, exact=exact))
     return tuple(lost)
 
 
@@ -211,14 +70,17 @@ def _natural(family: Family) -> tuple[str, int, str]:
     return name, int(value) if value.isdigit() else 0, value
 
 
-def _worse(family: Family, winner: Candidate, other: Candidate, objective: Objective) -> Lost:
+def _worse(
+    family: Family, winner: Candidate, other: Candidate, objective: Objective, *, exact: bool
+) -> Lost:
     """By what is preferred, where they differ in that; else by their time."""
     assert winner.times is not None and other.times is not None, "both fit"
     share = other.step_s / winner.step_s - 1
     term = grown(winner.times.parts(), other.times.parts())
     text = _preferred(winner, other, objective)
+    most = "" if exact else "at most "
     if text is not None:
-        text += f", {_share(share)}"
+        text = f"{most}{text}, {_share(share)}"
     elif share < 0 and other.offload:
         text = f"{-100 * share:.1f} % faster, too little to depend on host memory"
     elif share < 0.0005:
@@ -226,8 +88,8 @@ def _worse(family: Family, winner: Candidate, other: Candidate, objective: Objec
         text = f"as fast, and {'named later in the spec' if listed else 'less simple'}"
     else:
         gained = other.times.parts()[term] - winner.times.parts()[term]
-        text = f"{100 * share:.1f} % slower: {WORDS[term]} +{seconds(gained)}"
-    return Lost(family=family, excess_bytes=0, slower=share, term=term, text=text)
+        text = f"{most}{100 * share:.1f} % slower: {WORDS[term]} +{seconds(gained)}"
+    return Lost(family=family, excess_bytes=0, slower=share, exact=exact, term=term, text=text)
 
 
 def _preferred(winner: Candidate, other: Candidate, objective: Objective) -> str | None:
@@ -258,12 +120,15 @@ def grown(before: Mapping[str, float], after: Mapping[str, float]) -> str:
     return max(after, key=lambda part: after[part] - before[part])
 
 
-def _too_large(family: Family, winner: Candidate, other: Candidate, budget_bytes: int) -> Lost:
+def _too_large(
+    family: Family, winner: Candidate, other: Candidate, budget_bytes: int, *, exact: bool
+) -> Lost:
     excess = other.peak_bytes - budget_bytes
     after = other.ledger.parts()
     term = grown(winner.ledger.parts(), after)
-    text = f"too large by {excess / GiB:.1f} GiB: {term} {after[term] / GiB:.1f} GiB"
-    return Lost(family=family, excess_bytes=excess, slower=None, term=term, text=text)
+    none = "" if exact else "none found that fits, the smallest "
+    text = f"{none}too large by {excess / GiB:.1f} GiB: {term} {after[term] / GiB:.1f} GiB"
+    return Lost(family=family, excess_bytes=excess, slower=None, exact=exact, term=term, text=text)
 
 
 def seconds(value: float) -> str:

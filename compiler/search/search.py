@@ -100,6 +100,7 @@ def search_all(program: Program, build: Build) -> Found | Infeasible:
 
 
 def _found(space: Space, walk: Walk, start: float) -> Found:
+    walk.look_around()
     winner, played = chosen_of(space, walk)
     space = space.home(winner)
     ranked = sorted(played.values(), key=space.objective.rank)

@@ -425,8 +425,8 @@ class Space:
     # -- the whole run
 
     def in_time(self, found: Candidate) -> bool:
-        """Whether a run keeps to the deadline and the cost."""
-        if found.step_s > self.most_step_s:
+        """Whether a plan fits, and a run keeps to the deadline and the cost."""
+        if found.times is None or found.step_s > self.most_step_s:
             return False
         return not self.limits.any or self.run_s(self.played(found)) <= self.limits.run_s(
             self.ranks

@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import heapq
-import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from llmspec.compiler.cost.offload import Offload
-from llmspec.compiler.search.aside import Aside
-from llmspec.compiler.search.aside import Item as Large
-from llmspec.compiler.search.candidates import Candidate, Floor, Outline, Sharing, Sketch, Turn, Way
-from llmspec.compiler.search.explain import (
-    Family,
-    Tally,
-    families_with,
-    plain_families,
-    possible_families,
-    shape_families,
-    turn_families,
-)
+from llmspec.compiler.search.candidates import Candidate
+from llmspec.compiler.search.descent import Descent, Inside, priced
+from llmspec.compiler.search.families import families_of
+from llmspec.compiler.search.members import Members, Tally, peak_bytes
 from llmspec.compiler.search.objective import Objective, Weight
 from llmspec.compiler.search.space import Space
 
 SHORTLIST = 12
 """Plans that are played after the closed form has ranked them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Floored:
-    """A way with what no plan of it undercuts."""
-
-    way: Way
-    floor: Floor
-
-
-Item = Space | Sketch | Outline | Sharing | Turn | Floored
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,247 +60,82 @@ class Shortlist:
 
 @dataclass
 class Walk:
-    """Prices outlines, the most promising first, and leaves out those whose bound says that nothing
-    in them could be the best of anything: of all plans, of a family, of the shortlist.
+    """Prices plans, the most promising first, until no other can enter the shortlist.
 
-    spaces: one for each number of nodes. explained: whether the best of each family is looked for,
-        and what is smallest where nothing fits.
+    spaces: one for each number of nodes, and for each way to decide what the train block leaves
+        open. considered: plans that were priced or found too large by their floor; pruned: that
+        were left out by a bound; fit: of those priced. smallest: of all plans, where none fits.
     """
 
-    spaces: tuple[Space, ...]
+    spaces: Sequence[Space]
     objective: Objective
     most: int = SHORTLIST
-    explained: bool = True
     smallest: Candidate | None = None
     considered: int = 0
     fit: int = 0
     pruned: int = 0
-    """Plans that were left out by a bound of theirs, without a price."""
-    bound: bool = False
-    """Whether only what beats the best plan so far is looked at."""
+    effort: int = 0
 
     def __post_init__(self) -> None:
         self.tally = Tally(self.objective)
         self.shortlist = Shortlist(self.objective, self.most)
-        self.number = itertools.count()
-        self.waiting: list[tuple[Weight, int, Space, Item]] = []
-        self.aside = Aside()
+        self.inside = Inside()
+        self.besides = tuple(s for of in self.spaces if (s := of.with_offload()) is not None)
 
     def run(self) -> None:
         """Without offload first, unless the spec speaks of it."""
-        self._walk(self.spaces)
-        more = tuple(s for of in self.spaces if (s := of.with_offload()) is not None)
-        if more:
-            if not self.fit:  # what is missing without host memory
-                self._weigh()
-            self.bound = self.fit > 0
-            self._walk(more)
-        self._weigh()
+        self._walk(self.spaces, self.shortlist.closed_to)
+        self.plain_fits = self.fit > 0
+        self._walk(self.besides, self._beaten if self.fit else self.shortlist.closed_to)
+        if not self.fit:
+            self._weigh((*self.spaces, *self.besides))
 
-    def _weigh(self) -> None:
-        self.aside.weigh(self.tally, self.smallest, self._small)
+    def look_around(self) -> None:
+        """For the best of each family of plans beside the best of all."""
+        mesh = dict(families_of(self.shortlist.candidates()[0]))
+        members = Members(
+            self.tally, self.inside, self.spaces, self.besides, mesh, none_fits=not self.plain_fits
+        )
+        members.look()
+        self.considered += members.considered
 
-    def _walk(self, spaces: Iterable[Space]) -> None:
-        self.waiting = []
-        for space in spaces:
-            self._push(space, space, space.least_s, 0.0)
-        self._drain()
-
-    def _drain(self) -> None:
-        while self.waiting:
-            least, place, space, item = heapq.heappop(self.waiting)
-            match item:
-                case Floored():
-                    self._price(space, item.way, item.floor, least)
-                case Turn():
-                    self._open_turn(space, item, least)
-                case Sharing():
-                    self._open_sharing(space, item)
-                case Outline():
-                    self._open_outline(space, item, place)
-                case Sketch() if item.least_bytes > space.budget_bytes:
-                    self._set_aside(space, item, item.least_bytes)
-                case _ if self._closed(space, least):
-                    self._prune(space, item)
-                case _:
-                    inside = space.sketches() if isinstance(item, Space) else space.opened(item)
-                    for inner in inside:
-                        least_s = max(inner.least_s, space.least_s)
-                        self._push(space, inner, least_s, inner.least_bytes)
-
-    def _push(
-        self,
-        space: Space,
-        item: Item,
-        least_s: float,
-        least_bytes: float,
-        place: int | None = None,
-    ) -> None:
-        """Not what is too slow for the deadline. `place`: among its equals, that of before."""
-        if least_s > space.most_step_s:
-            self._prune(space, item)
-        else:
-            least = self.objective.weight(least_s, least_bytes, space.ranks)
-            number = next(self.number) if place is None else place
-            heapq.heappush(self.waiting, (least, number, space, item))
-
-    def _prune(self, space: Space, item: Item) -> None:
-        """The plans in it are left out. Those of a number of nodes that was not opened are not
-        counted."""
-        match item:
-            case Turn() | Floored():
-                self.pruned += 1
-            case Sketch() | Outline() | Sharing():
-                self.pruned += space.plans_in(item)
-
-    def _closed(self, space: Space, least: Weight) -> bool:
-        """Whether no mesh with such a bound has to be opened."""
-        if self.bound and self._beaten(least):
-            return True
-        return self.shortlist.closed_to(least) and self._settled(set(space.choices), least)
-
-    def _open_outline(self, space: Space, outline: Outline, place: int) -> None:
-        """Into the ways of its data ranks to share; first with the bound that takes longer."""
-        if outline.least_bytes > space.budget_bytes:
-            self._set_aside(space, outline, outline.least_bytes)
-        elif self._hopeless(space, outline):
-            self._prune(space, outline)
-        elif not outline.sharp:
-            sharp = space.bounds.sharpened(outline)
-            self._push(space, sharp, sharp.least_s, sharp.least_bytes, place)
-        else:
-            for zero, shards in space.ranges.shardings(outline.grid):
-                sharing = space.bounds.sharing(outline, zero, shards)
-                if sharing.least_bytes > space.budget_bytes:
-                    self._set_aside(space, sharing, sharing.least_bytes)
-                else:
-                    self._push(space, sharing, sharing.least_s, outline.least_bytes)
-
-    def _set_aside(self, space: Space, item: Large, least_bytes: float) -> None:
-        if self.explained:
-            self.aside.put(space, item, least_bytes)
-
-    def _leave_out(self, space: Space, sharing: Sharing) -> bool:
-        """Whether a way to share is the best of nothing."""
-        outline = sharing.outline
-        families = families_with(outline, sharing.zero, sharing.shards, space)
-        families |= set(shape_families(outline))
-        # where memory decides, more is known of it than of the outline
-        sized = self.objective.smaller_is_better
-        least_bytes = sharing.least_bytes if sized else outline.least_bytes
-        least = self.objective.weight(sharing.least_s, least_bytes, space.ranks)
-        if self.bound and not self._beaten(least):
-            return False
-        if self.bound:
-            return self._worthless(families, space.offloads, least)
-        return self.shortlist.closed_to(least) and self._met(families, least)
-
-    def _open_sharing(self, space: Space, sharing: Sharing) -> None:
-        """Into schedules, and uses of host memory."""
-        if self._leave_out(space, sharing):
-            self._prune(space, sharing)
-            return
-        for interleave, schedules in space.ranges.ways(sharing.outline.grid.pipeline):
-            for schedule in schedules:
-                for offload in space.offloads:
-                    turn = space.bounds.turn(sharing, interleave, schedule, offload)
-                    self._push(space, turn, turn.least_s, sharing.outline.least_bytes)
-
-    def _open_turn(self, space: Space, turn: Turn, least: Weight) -> None:
-        """Into its cuts."""
-        sharing = turn.sharing
-        outline, sharded = sharing.outline, (sharing.zero, sharing.shards)
-        families = turn_families(turn) | set(space.choices)
-        if self._too_slow(families, turn.offload, least):
-            self.pruned += 1
-            return
-        for way in space.ways(outline, turn.interleave, turn.schedule, *sharded, turn.offload):
-            floor = space.floor(way)
-            least_s = max(turn.least_s, floor.least_s)
-            self._push(space, Floored(way, floor), least_s, outline.least_bytes)
-
-    def _price(self, space: Space, way: Way, floor: Floor, least: Weight) -> None:
-        """A plan, unless it is the best of nothing whatever it computes again, or does not fit and
-        is the smallest of nothing."""
-        families = plain_families(way) | set(space.choices)
-        if self._too_slow(families, way.offload, least):
-            self.pruned += 1
-            return
-        missing = space.misses(way, floor)
-        if missing > 0:
-            self._too_large(space, way, families, missing)
-            return
-        lacking = space.besides and space.host_lacks(way, floor)
-        found = None if lacking else space.priced(way)
-        if found is not None:
-            self._add(space, found)
-        elif way.offload:  # the host has no memory for it, or less there is enough
-            self.tally.too_large.update(("offload", word) for word in way.offload)
-
-    def _too_large(self, space: Space, way: Way, families: set[Family], missing: float) -> None:
-        self.considered += 1
-        self.tally.too_large.update(families)
-        self._set_aside(space, way, space.budget_bytes + missing)
-
-    def _too_slow(self, families: set[Family], offload: Offload, least: Weight) -> bool:
-        """Whether a plan of these families is the best of nothing."""
-        if self.bound:
-            return self._beaten(least) and self._worthless(families, (offload,), least)
-        return self.shortlist.closed_to(least) and self._met(families, least)
-
-    def _worthless(self, families: set[Family], offloads: Iterable[Offload], least: Weight) -> bool:
-        """Whether plans that use host memory, none of which is the best of all, are the best of
-        nothing."""
-        worth = self._worth(least)
-        return self._settled(families, worth) and self._met(uses_of(offloads), worth)
-
-    def _worth(self, least: Weight) -> Weight:
-        """Of a plan that uses host memory."""
-        *first, step_s = least
-        return (*first, step_s * self.objective.worth_offloading)
-
-    def _hopeless(self, space: Space, outline: Outline) -> bool:
-        least = self.objective.weight(outline.least_s, outline.least_bytes, space.ranks)
-        if self.bound and self._beaten(least):
-            return True
-        if not self.shortlist.closed_to(least):
-            return False
-        return self._settled(possible_families(outline, space), least)
-
-    def _met(self, families: set[Family], least: Weight) -> bool:
-        return not self.explained or self.tally.met(families, least)
-
-    def _settled(self, families: set[Family], least: Weight) -> bool:
-        return not self.explained or self.tally.settled(families, least)
+    def _walk(self, spaces: Sequence[Space], closed: Callable[[Weight], bool]) -> None:
+        descent = Descent(self.objective, self.inside)
+        descent.start(spaces)
+        for space, floored in descent.ways(closed):
+            self.considered += 1
+            found = priced(space, floored)
+            if found is not None and space.in_time(found):
+                self.fit += 1
+                self.tally.add(found)
+                self.shortlist.add(found)
+        self.tally.settle(descent)
+        self.pruned += descent.pruned()
+        self.effort += descent.effort
 
     def _beaten(self, least: Weight) -> bool:
         """Whether offload cannot make a plan with such a bound the best of all."""
-        best = self.shortlist.best
-        return best is not None and self._worth(least) >= best
+        best, (*first, step_s) = self.shortlist.best, least
+        return best is not None and (*first, step_s * self.objective.worth_offloading) >= best
 
-    def _add(self, space: Space, candidate: Candidate) -> None:
-        self.considered += 1
-        if candidate.times is None:
-            self._small(space, candidate)
-        elif space.in_time(candidate):
-            self.tally.add(candidate)
-            self.fit += 1
-            self.shortlist.add(candidate)
+    def _weigh(self, spaces: Sequence[Space]) -> None:
+        """The smallest plan first, until nothing smaller can come."""
+        descent = Descent(self.objective, self.inside, by_bytes=True)
+        descent.start(spaces)
 
-    def _small(self, space: Space, candidate: Candidate) -> None:
-        self.tally.add(candidate)
-        if self.smallest is None or candidate.peak_bytes < self.smallest.peak_bytes:
-            self.smallest = candidate
+        def ended(least: Weight) -> bool:
+            return self.smallest is not None and self.smallest.peak_bytes <= least[0]
 
-
-def uses_of(offloads: Iterable[Offload]) -> set[Family]:
-    """The families of what may be in host memory."""
-    return {("offload", word) for offload in offloads for word in offload}
+        for space, floored in descent.ways(ended):
+            self.considered += 1
+            found = space.priced(floored.way)
+            if found is not None and found.times is None:
+                known = self.smallest
+                self.smallest = found if known is None else min(known, found, key=peak_bytes)
 
 
 def best(spaces: Iterable[Space], objective: Objective) -> Candidate | None:
-    """The best plan that fits, by the closed form; None when none does. Nothing is looked for
-    beside it."""
-    walk = Walk(tuple(spaces), objective, most=1, explained=False)
+    """The best plan that fits, by the closed form; None when none does."""
+    walk = Walk(tuple(spaces), objective, most=1)
     walk.run()
     return next(iter(walk.shortlist.candidates()), None)

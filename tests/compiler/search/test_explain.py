@@ -9,7 +9,7 @@ MODEL = llama(layers=8, width=2048, heads=16, kv_heads=8, ffn=5632, vocab=32_000
 
 @pytest.fixture(scope="module")
 def found():
-    spec = program(MODEL, cluster(1), batch=64, memory=5 * GiB)
+    spec = program(MODEL, cluster(1), batch=64, memory=4 * GiB)
     return search(spec, lambda b: build_model(MODEL, sequences=b, tokens=2048))
 
 
@@ -30,7 +30,7 @@ def test_why_a_family_lost_has_its_numbers(found):
     texts = {" ".join(lost.family): lost for lost in found.lost}
     for lost in found.lost:
         if lost.excess_bytes:
-            assert lost.text.startswith(f"too large by {lost.excess_bytes / GiB:.1f} GiB: ")
+            assert f"too large by {lost.excess_bytes / GiB:.1f} GiB: " in lost.text
             assert lost.slower is None
         else:
             assert lost.slower >= -1e-9

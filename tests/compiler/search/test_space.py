@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from llmspec import dsl
 from llmspec.compiler.build.model import build_model
 from llmspec.compiler.search import Found, search
-from llmspec.compiler.search.explain import PATIENCE, families_of
+from llmspec.compiler.search.families import families_of, spoken_of
 from llmspec.compiler.search.meshes import nearest_batches
 from llmspec.compiler.search.objective import WORTH_OFFLOADING
 from llmspec.compiler.search.space import Space
@@ -53,6 +53,7 @@ def check_bounds(of: Space, turn, way, candidate):
     if candidate.times is not None:
         assert of.floor(way).least_s <= candidate.step_s
         assert sharing.least_s <= turn.least_s <= candidate.step_s
+        assert sharing.least_bytes <= candidate.peak_bytes
         assert not of.host_lacks(way, of.floor(way))
         assert missing <= 0 and sharing.least_bytes <= of.budget_bytes
     if missing > 0:
@@ -117,13 +118,16 @@ def test_bounds_leave_out_nothing_that_matters(name):
     assert [*map(rank, listed[:8])] == [*map(rank, fitting[: len(listed)][:8])]
     more = of.with_offload()
     offloaded = [c for c in everything(more) if c.times is not None] if more else []
+    walk.look_around()
+    named = {family for c in fitting for family in families_of(c)} & {*spoken_of(of)}
+    assert named <= set(walk.tally.best), "something of them fits"
     for family, found in walk.tally.best.items():
         of_family = [weighed(c) for c in fitting if family in families_of(c)]
         with_them = [weighed(c) for c in offloaded if family in families_of(c)]
         assert weighed(found) >= min(of_family + with_them) * (1 - 1e-3)
-        # a family is given up when so many of it did not fit
-        if of_family and walk.tally.too_large[family] < PATIENCE:
+        if of_family and family in walk.tally.exact:
             assert weighed(found) <= min(of_family) * (1 + 1e-3)
+    assert len(named & walk.tally.exact) > 0.7 * len(named), "few are only bounded"
     assert (len(fitting) < len(every)) == (name == "little memory")
     experts, contexts = ({getattr(c.mesh, axis) for c in every} for axis in ("expert", "context"))
     assert experts == ({1, 2, 4} if name == "mixture" else {1})
