@@ -80,11 +80,9 @@ def _of_turn(space: Space, turn: Turn) -> Iterator[Inner]:
     sharing = turn.sharing
     how = (turn.interleave, turn.schedule, sharing.zero, sharing.shards, turn.offload)
     for way in space.ways(sharing.outline, *how):
-        lacking = max(0.0, space.lacks(way))
-        floor = Floor(0.0) if lacking else space.floor(way)
-        yield Inner(
-            Floored(way, floor, lacking), max(turn.least_s, floor.least_s), sharing.least_bytes
-        )
+        floored = Floored(way, space.floor(way))
+        least_s = max(turn.least_s, floored.floor.least_s)
+        yield Inner(floored, least_s, sharing.least_bytes)
 
 
 def missing(space: Space, floored: Floored) -> float:
