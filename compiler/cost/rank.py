@@ -141,6 +141,24 @@ def _tables(schedule: Schedule, stages: int, ranks: int, microbatches: int) -> t
     )
 
 
+def held_bytes(
+    schedule: Schedule, stages: Sequence[Stage], kept: Sequence[int], ranks: int, microbatches: int
+) -> list[int]:
+    """By rank: the most bytes of micro-batches in flight, with messages and what waits for second
+    parts. kept: by stage, what autograd keeps of one."""
+    last = len(stages) - 1
+    message = stages[0].output_bytes if last else 0
+    found = []
+    for rank, table in enumerate(_tables(schedule, len(stages), ranks, microbatches)):
+        own = stages_of(schedule, rank, len(stages), ranks)
+        sent = [stages[s].output_bytes if s < last and s + 1 not in own else 0 for s in own]
+        alive = [kept[s] + more for s, more in zip(own, sent, strict=True)]
+        late = [stages[s].late_bytes for s in own]
+        held = table.rows[table.first_parts] @ np.array([*alive, *late, *[0] * len(own), message])
+        found.append(int(held.max()))
+    return found
+
+
 def _row(held: Held) -> tuple[int, ...]:
     return (*held.forwards, *held.late, *(come == ALL for come in held.come), held.messages)
 

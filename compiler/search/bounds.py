@@ -13,10 +13,11 @@ from llmspec.compiler.cost.offload import (
     Offload,
     update_s,
 )
+from llmspec.compiler.cost.rank import held_bytes, run_by_ranks
 from llmspec.compiler.cost.stage import Stage
 from llmspec.compiler.cost.step import optimizer_s
-from llmspec.compiler.schedules import Schedule
-from llmspec.compiler.search.candidates import Outline, Sharing, Sketch, Turn
+from llmspec.compiler.orders import Schedule
+from llmspec.compiler.search.candidates import Outline, Shape, Sharing, Sketch, Turn, Way
 from llmspec.compiler.search.meshes import Grid
 from llmspec.compiler.search.options import TensorOption
 from llmspec.compiler.search.pins import Recompute
@@ -35,6 +36,7 @@ class Bounds:
     offloads: tuple[Offload, ...]
     budget_bytes: int
     freeing: dict[tuple[int, int], float] = field(default_factory=dict)
+    flying: dict[tuple[object, ...], list[tuple[Stage, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.chain = self.repeats.chain
@@ -240,21 +242,63 @@ class Bounds:
 
     def _shared_stored(self, outline: Outline, zero: int, shards: int) -> tuple[float, int]:
         """(bytes of all stages that are there once, and for each micro-batch in flight)."""
-        grid, types = outline.grid, self.types
         whole = self.repeats.fewest(outline.option, outline.microbatch, outline.recompute)
         of_one, kept = self._least_kept(whole)
-        part = grid.parts(zero, shards).largest(whole.elements, whole.expert_elements)
+        gone = self._leaves(PARAMETERS)
+        stored = self._stored(outline, whole, zero, shards, of_one, gone=gone)
+        return stored, kept
+
+    def _stored(
+        self,
+        outline: Outline | Shape,
+        stage: Stage,
+        zero: int,
+        shards: int,
+        of_one: int,
+        *,
+        gone: bool,
+    ) -> float:
+        """Bytes of a stage that are there once. of_one: of a weight and its optimizer; gone:
+        weights and their gradients are not on the device."""
+        grid, types = outline.grid, self.types
+        part = grid.parts(zero, shards).largest(stage.elements, stage.expert_elements)
         stored = of_one * part
-        if not self._leaves(PARAMETERS):
+        if not gone:
             # whole sums of all stages have come, and as much is in flight, some time
             steady = outline.microbatches >= 2 * grid.pipeline
-            shared = whole.elements - whole.expert_elements
+            shared = stage.elements - stage.expert_elements
             if (zero == 0 and grid.data * grid.context > 1) or (zero == 1 and steady):
                 stored += types.gradients * shared
             elif zero > 0 and steady:
                 stored += types.gradients * part
             stored += types.compute * shared if zero in (1, 2) else 0
-        return stored, kept
+        return stored
+
+    def way_bytes(self, way: Way) -> float:
+        """Of the plans of a way: its own stages, with what its schedule has in flight."""
+        gone, types = PARAMETERS in way.offload, self.types
+        moments = 0 if gone or OPTIMIZER in way.offload else types.moments
+        of_one = moments + (0 if gone else types.weights)
+        most = 0.0
+        for stage, flying in self._in_flight(way):
+            stored = self._stored(way.shape, stage, way.zero, way.shards, of_one, gone=gone)
+            most = max(most, stored + (0 if ACTIVATIONS in way.offload else flying))
+        return self.machine.fixed_bytes + most
+
+    def _in_flight(self, way: Way) -> list[tuple[Stage, int]]:
+        """What each rank runs, and the least bytes that it has of micro-batches in flight when
+        these are most."""
+        shape, schedule = way.shape, way.schedule
+        made = (id(shape.option), shape.microbatch, shape.recompute, shape.cut)
+        key = (*made, shape.grid.pipeline, shape.microbatches, schedule)
+        if key not in self.flying:
+            ranks, bare = shape.grid.pipeline, self.repeats.bare(shape)
+            whole = self.repeats.fewest(shape.option, shape.microbatch, shape.recompute)
+            each = [run.kept_bytes(0) for run in whole.runs for _ in range(run.count)]
+            kept = [sum(each[slice(*span)]) for span in shape.cut]
+            held = held_bytes(schedule, bare, kept, ranks, shape.microbatches)
+            self.flying[key] = list(zip(run_by_ranks(schedule, bare, ranks), held, strict=True))
+        return self.flying[key]
 
     def _stored_bytes(self, grid: Grid, whole: Stage) -> float:
         """Of all stages, once, on a rank that shares with as many others as there are."""

@@ -15,12 +15,13 @@ from llmspec.compiler.search.candidates import (
     Sharing,
     Sketch,
     Turn,
+    Way,
 )
 from llmspec.compiler.search.families import Point, may_be_of, near
 from llmspec.compiler.search.objective import Objective, Weight
 from llmspec.compiler.search.space import Space
 
-EFFORT = {Sketch: 20, Outline: 20, Sharing: 1, Turn: 4, Floored: 1}
+EFFORT = {Sketch: 20, Outline: 20, Sharing: 1, Turn: 2, Way: 10, Floored: 1}
 """About how long it takes to open each, the first time."""
 
 
@@ -62,6 +63,8 @@ def _inside(space: Space, point: Space | Point) -> Iterator[Inner]:
                         yield Inner(turn, turn.least_s, point.least_bytes)
         case Turn():
             yield from _of_turn(space, point)
+        case Way():
+            yield from _of_way(space, point)
 
 
 def _of_outline(space: Space, outline: Outline) -> Iterator[Inner]:
@@ -80,9 +83,14 @@ def _of_turn(space: Space, turn: Turn) -> Iterator[Inner]:
     sharing = turn.sharing
     how = (turn.interleave, turn.schedule, sharing.zero, sharing.shards, turn.offload)
     for way in space.ways(sharing.outline, *how):
-        floored = Floored(way, space.floor(way))
-        least_s = max(turn.least_s, floored.floor.least_s)
-        yield Inner(floored, least_s, sharing.least_bytes)
+        least_bytes = max(sharing.least_bytes, space.bounds.way_bytes(way))
+        yield Inner(way, turn.least_s, least_bytes)
+
+
+def _of_way(space: Space, way: Way) -> Iterator[Inner]:
+    """Itself with its floor."""
+    floor = space.floor(way)
+    yield Inner(Floored(way, floor), floor.least_s, space.bounds.way_bytes(way))
 
 
 def missing(space: Space, floored: Floored) -> float:
@@ -178,7 +186,7 @@ class Descent:
             self.too_slow += _plans_in(space, inner.point)
         elif inner.least_bytes <= space.budget_bytes:
             weight = self.objective.weight(inner.least_s, inner.least_bytes, space.ranks)
-            self._wait(space, inner.point, weight, place)
+            self._wait(space, inner.point, max(outer, weight), place)
 
     def _wait(
         self, space: Space, point: Space | Point, least: Weight, place: int | None = None
@@ -193,7 +201,7 @@ def _plans_in(space: Space, point: Space | Point) -> int:
     match point:
         case Space():
             return 0
-        case Turn() | Floored():
+        case Turn() | Way() | Floored():
             return 1
         case _:
             return space.plans_in(point)

@@ -21,7 +21,7 @@ from llmspec.compiler.search.meshes import Grid
 from llmspec.compiler.search.space import Space
 from llmspec.compiler.views import View
 
-Point = Sketch | Outline | Sharing | Turn | Floored
+Point = Sketch | Outline | Sharing | Turn | Way | Floored
 """Of the space of plans, from a mesh to one plan."""
 
 MESH = ("tensor", "pipeline", "context", "expert", "microbatch")
@@ -93,7 +93,9 @@ def may_be_of(family: Family, point: Point) -> bool:
     so."""
     match point:
         case Floored():
-            return family in families_at(point.way)
+            return True
+        case Way():
+            return family in families_at(point)
         case Turn():
             sharing = point.sharing
             names = (

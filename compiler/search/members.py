@@ -70,30 +70,25 @@ class Members:
             self._look_for(family, max(0.0, self.effort) / (len(sought) - done))
 
     def _look_for(self, family: Family, share: float) -> None:
-        """Near the best plan of all first, then where the smallest are, then anywhere; with host
+        """Near the best plan of all first, then anywhere, then where the smallest are; with host
         memory where it fits only so. Where nothing fits, the smallest of what was tried."""
         smallest, none_fits = Smallest(), True
         parts = (self.besides,) if self.none_fits else (self.plain, self.besides)
         for spaces in (self.plain,) if family == NO_OFFLOAD else parts:
-            self._fastest(
-                family, self._descent(family, spaces, near=self.mesh), smallest, share / 4
-            )
+            near = self._descent(family, spaces, near=self.mesh)
+            self._fastest(family, near, smallest, share / 4)
+            anywhere = self._descent(family, spaces)
+            self._fastest(family, anywhere, smallest, share / 2)
             if family not in self.tally.best:
                 lowest = self._descent(family, spaces, by_bytes=True)
-                none_fits &= self._lowest(family, lowest, smallest, share / 2)
-            if family in self.tally.best or not none_fits:
-                anywhere = self._descent(family, spaces)
-                self._fastest(family, anywhere, smallest, share / 2)
+                none_fits &= self._lowest(family, lowest, smallest, share / 4)
+            elif anywhere.nothing_under(self.tally.weight(family)):
+                self.tally.exact.add(family)
             if family in self.tally.best:
-                if anywhere.nothing_under(self.tally.weight(family)):
-                    self.tally.exact.add(family)
                 return
-        if smallest.found is not None:
-            space, way = smallest.found
-            found = space.priced(way)
-            if found is not None and found.times is None:
-                self.tally.smallest[family] = found
-                self.tally.exact |= {family} if none_fits else set()
+        if (found := smallest.candidate()) is not None:
+            self.tally.smallest[family] = found
+            self.tally.exact |= {family} if none_fits else set()
 
     def _descent(
         self,
@@ -149,7 +144,9 @@ class Members:
             return
         descent.effort += PRICING
         found = priced(space, floored)
-        if found is not None and space.in_time(found):
+        if found is not None and found.times is None:
+            smallest.priced.append(found)
+        elif found is not None and space.in_time(found):
             self.tally.add(found)
 
 
@@ -160,6 +157,16 @@ class Smallest:
 
     lacking: tuple[bool, float] = (True, inf)
     found: tuple[Space, Way] | None = None
+    priced: list[Candidate] = field(default_factory=list)
+    """What its floor let pass, and its ledger not."""
+
+    def candidate(self) -> Candidate | None:
+        if self.found is not None:
+            space, way = self.found
+            found = space.priced(way)
+            if found is not None and found.times is None:
+                self.priced.append(found)
+        return min(self.priced, key=peak_bytes, default=None)
 
     def beaten_by(self, least_bytes: float) -> bool:
         if self.found is None:

@@ -92,10 +92,14 @@ class Repeats:
         """Where all blocks do the same."""
         return self.known_stages(shape, self.alike(shape.option, shape.microbatch, recompute))
 
+    def bare(self, shape: Shape) -> list[Stage]:
+        """Nothing is computed again."""
+        return self.alike_stages(shape, Recompute.NONE)
+
     def floor(self, way: Way) -> Floor:
         """Of the plans that differ in what they compute again alone. Operators that a spec lists
         may free bytes that no choice of the search does."""
-        bare = self.alike_stages(way.shape, Recompute.NONE)
+        bare = self.bare(way.shape)
         return self.floors.of(way, bare, free=way.shape.recompute is Recompute.LISTED)
 
     def missing(self, way: Way) -> float:
@@ -108,7 +112,7 @@ class Repeats:
         alike = self.alike(shape.option, shape.microbatch, shape.recompute)
         if shape.recompute is not Recompute.SELECTIVE:
             return alike
-        bare = self.alike_stages(shape, Recompute.NONE)
+        bare = self.bare(shape)
         plain = self.pricing.residence(shape, zero, way.shards)
         holders, chosen = self.pricing.holders(shape, bare, zero, schedule, way.offload), None
         for _ in range(MOMENTS):

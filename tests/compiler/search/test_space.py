@@ -50,6 +50,7 @@ def turns(of: Space, sharing):
 def check_bounds(of: Space, turn, way, candidate):
     sharing = turn.sharing
     missing = of.misses(way, of.floor(way))
+    assert of.bounds.way_bytes(way) <= candidate.peak_bytes
     if candidate.times is not None:
         assert of.floor(way).least_s <= candidate.step_s
         assert sharing.least_s <= turn.least_s <= candidate.step_s
