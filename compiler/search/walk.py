@@ -74,7 +74,6 @@ class Walk:
     considered: int = 0
     fit: int = 0
     pruned: int = 0
-    effort: int = 0
 
     def __post_init__(self) -> None:
         self.tally = Tally(self.objective)
@@ -84,9 +83,14 @@ class Walk:
 
     def run(self) -> None:
         """Without offload first, unless the spec speaks of it."""
-        self._walk(self.spaces, self.shortlist.closed_to)
+        plain = self._walk(self.spaces, self.shortlist.closed_to)
+        self.tally.settle(plain)
         self.plain_fits = self.fit > 0
-        self._walk(self.besides, self._beaten if self.fit else self.shortlist.closed_to)
+        besides = self._walk(
+            self.besides, self._beaten if self.plain_fits else self.shortlist.closed_to
+        )
+        if not self.plain_fits:
+            self.tally.settle(besides)
         if not self.fit:
             self._weigh((*self.spaces, *self.besides))
 
@@ -99,7 +103,7 @@ class Walk:
         members.look()
         self.considered += members.considered
 
-    def _walk(self, spaces: Sequence[Space], closed: Callable[[Weight], bool]) -> None:
+    def _walk(self, spaces: Sequence[Space], closed: Callable[[Weight], bool]) -> Descent:
         descent = Descent(self.objective, self.inside)
         descent.start(spaces)
         for space, floored in descent.ways(closed):
@@ -109,9 +113,8 @@ class Walk:
                 self.fit += 1
                 self.tally.add(found)
                 self.shortlist.add(found)
-        self.tally.settle(descent)
         self.pruned += descent.pruned()
-        self.effort += descent.effort
+        return descent
 
     def _beaten(self, least: Weight) -> bool:
         """Whether offload cannot make a plan with such a bound the best of all."""
