@@ -168,7 +168,8 @@ class Held(NamedTuple):
     forwards: whose backward has not begun. late: between I and W. messages: values of other ranks
     that nothing has used yet; that of the next backward is there until its end. come: which of the
     stage's gradients have come in backwards before this one. early: whether no W has followed the
-    last I. runs: the place of the stage that goes backward now, kind: which part of it.
+    last I. done: whether its last backward is over. runs: the place of the stage that goes backward
+    now, kind: which part of it.
     """
 
     forwards: tuple[int, ...]
@@ -178,6 +179,7 @@ class Held(NamedTuple):
     early: tuple[int, ...] = ()
     runs: int = 0
     kind: str = "B"
+    done: tuple[int, ...] = ()
 
 
 @lru_cache(maxsize=4096)
@@ -187,7 +189,7 @@ def held_at_once(
     """By rank: the moments that no other one as the same stage does the same exceeds in every
     number."""
     if schedule is Schedule.GPIPE:
-        first = Held((microbatches,), (0,), 1, come=(NONE,), early=(0,))
+        first = Held((microbatches,), (0,), 1, come=(NONE,), early=(0,), done=(0,))
         second = first._replace(forwards=(microbatches - 1,), come=(ALL,))
         return ((first, second) if microbatches > 1 else (first,),) * ranks
     fewer = _representative(schedule, stages, ranks, microbatches)
@@ -216,16 +218,19 @@ def _moments(own: Sequence[Action], stages: tuple[int, ...]) -> tuple[Held, ...]
     count = len(stages)
     at = {stage: i for i, stage in enumerate(stages)}
     forwards, late, early, come = ([0] * count for _ in range(4))
+    # a stage whose last backward is over holds no more than before
+    undone, last = [1] * count, {action.stage: action for action in own if action.kind in "BW"}
     came: set[tuple[int, str, int | None]] = set()
     seen: dict[tuple[int, ...], None] = {}
-    for stage, kind, m in own:
+    for action in own:
+        stage, kind, m = action
         if kind not in COMPUTES:
             if kind.startswith("RECV"):
                 came.add((stage, kind[-1], m))
             continue
         place = at[stage]
         if kind != "F":
-            numbers = (*forwards, *late, *come, *early, len(came))
+            numbers = (*forwards, *late, *come, *early, *undone, len(came))
             seen[*numbers, place, COMPUTES.index(kind)] = None
         came.discard((stage, "B" if kind == "I" else kind, m))
         forwards[place] += {"F": 1, "B": -1, "I": -1}.get(kind, 0)
@@ -233,6 +238,8 @@ def _moments(own: Sequence[Action], stages: tuple[int, ...]) -> tuple[Held, ...]
         if kind != "F":
             early[place] = int(kind == "I")
             come[place] = max(come[place], EARLY if kind == "I" else ALL)
+        if action == last[stage]:
+            undone[place] = 0
     alike: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for row in seen:
         alike.setdefault(row[-2:], []).append(row)
@@ -242,7 +249,8 @@ def _moments(own: Sequence[Action], stages: tuple[int, ...]) -> tuple[Held, ...]
             late=row[count : 2 * count],
             messages=row[-3],
             come=row[2 * count : 3 * count],
-            early=row[3 * count : -3],
+            early=row[3 * count : 4 * count],
+            done=tuple(1 - one for one in row[4 * count : -3]),
             runs=row[-2],
             kind=COMPUTES[row[-1]],
         )

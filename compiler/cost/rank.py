@@ -211,7 +211,7 @@ def _not_exceeded(first: Turn, turns: Iterable[Turn]) -> list[Turn]:
     most: dict[tuple[object, ...], Turn] = {}
     for turn in (first, *turns):
         held = turn.held
-        key = held.runs, held.kind, held.come, held.early
+        key = held.runs, held.kind, held.come, held.early, held.done
         if key not in most or not most[key].exceeds(turn):
             most[key] = turn
     found = [first]

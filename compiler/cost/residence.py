@@ -26,6 +26,7 @@ class Turn(NamedTuple):
             and self.kept_bytes + self.message_bytes >= other.kept_bytes + other.message_bytes
             and all(a >= b for a, b in zip(mine.come, its.come, strict=True))
             and all(a >= b for a, b in zip(mine.early, its.early, strict=True))
+            and all(a <= b for a, b in zip(mine.done, its.done, strict=True))
         )
 
 

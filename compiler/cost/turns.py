@@ -127,16 +127,23 @@ class Rank:
         the second part makes."""
         held, home = turn.held, self.home
         there = waiting = 0
-        rows = zip(held.come, held.early, self.sums, self.stage.parts, strict=True)
-        for come, waits, whole, part in rows:
+        rows = zip(held.come, held.early, held.done, self.sums, self.stage.parts, strict=True)
+        for come, waits, done, whole, part in rows:
             early = self.early_width * part.early_elements
             if home.sums_each_time:
                 waiting += early * waits
-            if come == ALL or self.always:
+            if done and home.zero == 1 and not self.always:
+                there += self._share(part)  # whole sums have left
+            elif come == ALL or self.always:
                 there += whole
             elif come == EARLY and not home.sums_each_time:
                 there += early
         return there, waiting
+
+    def _share(self, part: Stage) -> int:
+        """Of its summed gradients."""
+        parts = self.home.parts.largest(part.elements, part.expert_elements)
+        return self.types.gradients * parts
 
     def around(self, turn: Turn) -> Around:
         """Of the stage whose turn it is."""

@@ -126,7 +126,8 @@ class _Flying:
         holder = self.holder
         if self.turn is not None:
             held = self.turn.held
-            return self.shares, holder.receives, held.runs, held.kind, held.come, held.early
+            gradients = held.come, held.early, held.done
+            return self.shares, holder.receives, held.runs, held.kind, *gradients
         every = holder.in_flight >= microbatches
         edges = holder.sends_on, holder.receives, holder.in_flight > 1
         return (*edges, every, holder.awaited)
@@ -235,7 +236,8 @@ class Floors:
         own: tuple[object, ...] = (id(alike),)
         if alike.turn is not None:
             held = alike.turn.held
-            own = (*alike.own, held.runs, held.kind, held.come, held.early, alike.holder.receives)
+            gradients = held.come, held.early, held.done
+            own = (*alike.own, held.runs, held.kind, *gradients, alike.holder.receives)
         key = (*own, plain, offload)
         if key not in self.standing:
             types, machine, stage = self.pricing.types, self.pricing.machine, alike.holder.stage

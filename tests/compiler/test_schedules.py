@@ -197,9 +197,10 @@ def test_what_is_held_at_once(schedule, size):
         seen = set()
         for stop, action in enumerate(lists[rank]):
             if action.kind in ("B", "I", "W"):
-                seen.add(_held_before(action, lists[rank][:stop], own_stages))
+                seen.add(_held_before(action, lists[rank][:stop], own_stages, microbatches))
         numbers = {
-            h: (*h.forwards, *h.late, *h.come, *h.early, h.messages) for h in seen | {*known}
+            h: (*h.forwards, *h.late, *h.come, *h.early, *(-d for d in h.done), h.messages)
+            for h in seen | {*known}
         }
         for held in seen:
             alike = [h for h in known if (h.runs, h.kind) == (held.runs, held.kind)]
@@ -209,7 +210,7 @@ def test_what_is_held_at_once(schedule, size):
             assert set(known) <= seen
 
 
-def _held_before(action, done, own_stages):
+def _held_before(action, done, own_stages, microbatches):
     """As counted afresh."""
     ends = {s: [a.kind for a in done if a.stage == s and a.kind in "BIW"] for s in own_stages}
     ahead = {s: sum(a.stage == s and a.kind == "F" for a in done) for s in own_stages}
@@ -223,6 +224,9 @@ def _held_before(action, done, own_stages):
         early=tuple(int(ends[s][-1:] == ["I"]) for s in own_stages),
         runs=own_stages.index(action.stage),
         kind=action.kind,
+        done=tuple(
+            int(ends[s].count("B") + ends[s].count("W") == microbatches) for s in own_stages
+        ),
     )
 
 
